@@ -1,0 +1,54 @@
+# Penstock's everyday commands; `make help` lists them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check format bench stress e2e-vllm lock clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## create .venv from the lock
+
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+run: $(STAMP) ## start Penstock; ARGS="--port 30000 --config_path config.yaml", simulated engines when none is configured
+	@exec $(BIN)/penstock serve --sim-if-empty 3 $(ARGS)
+
+test: $(STAMP) ## the default test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## lint, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## benchmarks of the pieces and of the whole; table on screen, JSON in benchmarks/results
+	mkdir -p benchmarks/results
+	$(BIN)/python -m pytest benchmarks -m '' --timeout=600 --benchmark-json=benchmarks/results/bench.json $(ARGS)
+
+stress: $(STAMP) ## races and kills in real processes, each also with its protection switched off
+	$(BIN)/python -m pytest -m stress --timeout=900 $(ARGS)
+
+e2e-vllm: $(STAMP) ## end to end with a real vLLM; VLLM_VENV names its virtual environment
+	$(BIN)/python -m pytest -m e2e_vllm -rs --timeout=900 $(ARGS)
+
+lock: ## resolve pyproject.toml anew into requirements.lock (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet -o requirements.lock
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The routing vocabulary of Penstock and the processes around it."""

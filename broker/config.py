@@ -1,0 +1,254 @@
+"""One typed, frozen tree of settings, resolved once by the supervisor.
+
+File (YAML, FastDeploy's keys load unchanged), then environment (`PENSTOCK_SERVER_PORT=…`: section and key in
+capitals, dashes as underscores), then flags; the later one wins. Unknown keys are errors that name the key and
+the nearest known one. Times are in the unit of the key's name; sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from broker.errors import ConfigError
+
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+PolicyName = Literal[
+    "random",
+    "round_robin",
+    "power_of_two",
+    "process_tokens",
+    "request_num",
+    "fd_metrics_score",
+    "fd_remote_metrics_score",
+    "cache_aware",
+    "remote_cache_aware",
+]
+"""FastDeploy's nine names, all valid in a file. `broker.policies` says which of them this version decides by."""
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    pass
+
+
+class Server(Section):
+    host: str = "0.0.0.0"
+    port: Port = 30000
+    name: str = ""
+    """FastDeploy's; shown in the banner."""
+    mode: Literal["debug", "release", "test"] = "release"
+    """FastDeploy's; accepted and without effect."""
+    splitwise: bool = False
+    """Prefill/decode disaggregation: only prefill and decode instances may register."""
+    workers: Annotated[int, Meta(ge=1, le=1024)] = 2
+    """Frontend processes."""
+    max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
+    backlog: Count = 4096
+    drain_secs: NotNegative = 15.0
+    """How long running streams may go on after SIGTERM."""
+
+
+class Scheduler(Section):
+    policy: PolicyName = "request_num"
+    prefill_policy: PolicyName = "process_tokens"
+    decode_policy: PolicyName = "request_num"
+    waiting_weight: NotNegative = 1.0
+    seed: int = 0
+    """Seed of the policies' draws; frontend k uses (seed, k)."""
+    eviction_interval_secs: Positive = 60.0
+    eviction_duration_mins: Positive = 30.0
+    cache_block_size: Count = 64
+    tokenizer_url: str = ""
+    tokenizer_timeout_secs: Positive = 2.0
+    balance_abs_threshold: NotNegative = 1.0
+    balance_rel_threshold: NotNegative = 0.2
+    hit_ratio_weight: NotNegative = 1.0
+    load_balance_weight: NotNegative = 1.0
+    stats_interval_secs: Positive = 5.0
+
+
+class Manager(Section):
+    register_path: str = ""
+    """Instances to register at the start, relative to the working directory; tried again until they answer."""
+    health_failure_threshold: Count = 3
+    health_success_threshold: Count = 2
+    health_check_timeout_secs: Positive = 5.0
+    health_check_interval_secs: Positive = 5.0
+    health_check_endpoint: str = "/health"
+    metrics_interval_secs: Positive = 1.0
+    """Period of `/metrics` polling for engines that publish nothing."""
+    stale_after_secs: Positive = 5.0
+    """A load report older than this is treated as unknown."""
+    expire_after_secs: Positive = 600.0
+    """An instance that stays unhealthy this long is forgotten."""
+
+
+class Log(Section):
+    level: Literal["debug", "info", "warn", "error"] = "info"
+    output: Literal["stdout", "file"] = "stdout"
+    """`file` = `logs/penstock.log` under the working directory."""
+    max_age_days: Count = 7
+    max_total_size_mb: Count = 500
+    cleanup_interval_secs: Positive = 3600.0
+
+
+class Shm(Section):
+    dir: str = "/dev/shm"
+    frontends: Annotated[int, Meta(ge=1, le=1024)] = 64
+    """Rows of counters: frontends that may live at once, swapped ones included."""
+    slots: Annotated[int, Meta(ge=1, le=65536)] = 1024
+    """Instances that may be registered at once, resting ones included."""
+    rest_secs: NotNegative = 30.0
+    """A slot rests this long after its last request before another instance may have it."""
+
+
+class Engines(Section):
+    """Where engines reach the scheduler over ZMQ, beside the run directory's own ipc sockets."""
+
+    control_bind: str = ""
+    """For example `tcp://0.0.0.0:30100`; empty = engines of this machine only."""
+    load_bind: str = ""
+    """For example `tcp://0.0.0.0:30101`."""
+
+
+class Timeouts(Section):
+    connect_secs: Positive = 5.0
+    first_byte_secs: NotNegative = 0.0
+    """0 = off: an unstreamed answer's first byte is its last."""
+    idle_secs: NotNegative = 600.0
+    """Longest silence within a stream; 0 = off."""
+
+
+class Upstream(Section):
+    attempts: Annotated[int, Meta(ge=1, le=10)] = 3
+    """Tries in all, before the first byte."""
+    connections: Count = 1024
+    """Open connections to one HTTP engine, per frontend."""
+    stream_buffer_bytes: Annotated[int, Meta(ge=4096)] = 4 * 1024 * 1024
+    """What one slow client may hold before its stream is paused (HTTP engines) or ended (native engines)."""
+    breaker_failures: Count = 3
+    """Failures in a row that open an instance's breaker in a frontend."""
+    breaker_secs: Positive = 5.0
+    """How long it stays open before one request tries again."""
+
+
+class Models(Section):
+    aliases: dict[str, str] = {}
+    """Name a client may use -> name that the instances serve."""
+
+
+class Config(Section):
+    server: Server = Server()
+    scheduler: Scheduler = Scheduler()
+    manager: Manager = Manager()
+    log: Log = Log()
+    shm: Shm = Shm()
+    engines: Engines = Engines()
+    timeouts: Timeouts = Timeouts()
+    upstream: Upstream = Upstream()
+    models: Models = Models()
+
+
+Tree = dict[str, Any]
+
+
+def load(path: str | Path | None, env: Mapping[str, str], flags: Mapping[tuple[str, str], object]) -> Config:
+    """The settings in force. `flags` maps (section, key) to a value; None = not given.
+
+    Raises `ConfigError` with a sentence that names file and key.
+    """
+    tree = _read(Path(path)) if path else {}
+    for section, key in _known():
+        text = env.get(f"PENSTOCK_{section}_{key}".upper().replace("-", "_"))
+        if text is not None:
+            _section(tree, section)[key] = yaml.safe_load(text)
+    for (section, key), value in flags.items():
+        if value is not None:
+            _section(tree, section)[key] = value
+    return build(tree, source=str(path) if path else "settings")
+
+
+def build(tree: Tree, source: str = "settings") -> Config:
+    """Checks a tree of plain values; None stands for a default, as an empty key in YAML does."""
+    _refuse_unknown(tree, source)
+    kept = {
+        s: {k: v for k, v in keys.items() if v is not None} for s, keys in tree.items() if keys is not None
+    }
+    port = kept.get("server", {}).get("port")
+    if isinstance(port, str) and port.strip().isdigit():  # FastDeploy's example file quotes it
+        kept["server"]["port"] = int(port)
+    try:
+        return msgspec.convert(kept, Config)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"{source}: {e}") from e
+
+
+def dump(config: Config) -> bytes:
+    """JSON for the child processes; `parse` is its inverse."""
+    return msgspec.json.format(msgspec.json.encode(config), indent=2)
+
+
+def parse(data: bytes) -> Config:
+    return msgspec.json.decode(data, type=Config)
+
+
+def _read(path: Path) -> Tree:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"cannot read the config file {path}: {e.strerror}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} is not valid YAML: {e}") from e
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: the top level must be a mapping of sections")
+    return cast(Tree, tree)
+
+
+def _section(tree: Tree, name: str) -> Tree:
+    section = tree.get(name)
+    if section is None:
+        section = tree[name] = {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"section {name} must be a mapping")
+    return section
+
+
+def _known() -> list[tuple[str, str]]:
+    return [
+        (section.encode_name, key.encode_name)
+        for section in msgspec.structs.fields(Config)
+        for key in msgspec.structs.fields(section.type)
+    ]
+
+
+def _refuse_unknown(tree: Tree, source: str) -> None:
+    known = _known()
+    sections = sorted({section for section, _ in known})
+    for section, keys in tree.items():
+        if section not in sections:
+            raise ConfigError(f"{source}: unknown section {section!r}{_nearest(str(section), sections)}")
+        if keys is None:
+            continue
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{source}: section {section!r} must be a mapping")
+        names = [key for s, key in known if s == section]
+        for key in keys:
+            if key not in names:
+                raise ConfigError(f"{source}: unknown key '{section}.{key}'{_nearest(str(key), names)}")
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

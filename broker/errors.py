@@ -1,0 +1,149 @@
+"""The tree of errors, by cause. Each knows the HTTP status and the words of OpenAI's error body.
+
+Foreign exceptions are translated where they enter (upstream, wire, config) with `raise … from`.
+"""
+
+from __future__ import annotations
+
+
+class PenstockError(Exception):
+    """Root of the tree. `status` and `kind` make the answer; `retryable` says that another instance may be tried."""
+
+    status = 500
+    kind = "internal_error"
+    code: str | None = None
+    retryable = False
+    retry_after_s: int | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigError(PenstockError):
+    """The configuration cannot be used; stops the start."""
+
+
+# -- the client's side -------------------------------------------------------------------------------------
+
+
+class BadRequest(PenstockError):
+    """The request cannot be forwarded; nothing was sent to an engine."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+
+class BodyTooLarge(BadRequest):
+    status = 413
+    code = "body_too_large"
+
+
+class ModelNotFound(PenstockError):
+    """Every candidate's models are known, and none serves the model asked for."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "model_not_found"
+
+
+class NoInstance(PenstockError):
+    """No ready instance of the role."""
+
+    status = 503
+    kind = "service_unavailable"
+    code = "no_instance"
+    retry_after_s = 1
+
+
+class NotSupported(PenstockError):
+    status = 501
+    kind = "not_supported"
+
+
+# -- the engine's side -------------------------------------------------------------------------------------
+
+
+class UpstreamError(PenstockError):
+    """An engine failed; before the first byte another one may be tried."""
+
+    status = 502
+    kind = "upstream_error"
+    code = "upstream_failed"
+    retryable = True
+
+
+class ConnectFailed(UpstreamError):
+    """Nothing reached the engine."""
+
+    code = "connect_failed"
+
+
+class EngineSaturated(UpstreamError):
+    """A native engine takes no more messages now (EAGAIN at its mark)."""
+
+    status = 503
+    code = "engine_saturated"
+    retry_after_s = 1
+
+
+class UpstreamBroken(UpstreamError):
+    """The engine, or the way to it, failed after the request was sent."""
+
+    code = "upstream_broken"
+
+
+class UpstreamTimeout(UpstreamError):
+    status = 504
+    code = "upstream_timeout"
+    retryable = False
+
+
+class ClientTooSlow(PenstockError):
+    """The client read so slowly that its share of memory was used up."""
+
+    status = 499
+    kind = "client_error"
+    code = "client_too_slow"
+
+
+# -- registration and the table ----------------------------------------------------------------------------
+
+
+class BadRegistration(BadRequest):
+    """A field of a registration is missing or wrong; the message names it."""
+
+
+class MetadataTooLarge(BadRegistration):
+    """An instance's metadata does not fit its blob in shared memory."""
+
+
+class Unhealthy(PenstockError):
+    """The instance that registers does not answer its health check."""
+
+    status = 503
+    kind = "service_unavailable"
+    code = "not_healthy"
+
+
+class TableFull(PenstockError):
+    """Every slot is taken or resting."""
+
+    status = 503
+    kind = "service_unavailable"
+    code = "table_full"
+    retry_after_s = 5
+
+
+class SchedulerAway(PenstockError):
+    """The scheduler does not answer; serving goes on, changes to the fleet do not."""
+
+    status = 503
+    kind = "service_unavailable"
+    code = "scheduler_away"
+    retry_after_s = 1
+
+
+class WireError(PenstockError):
+    """A frame that is malformed, oversized or foreign. Counted, logged once per peer, dropped."""

@@ -1,0 +1,99 @@
+"""What the parts of Penstock say to each other: instances, requests, load reports."""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+import msgspec
+
+
+class Role(IntEnum):
+    """What an instance does; the numbers are FastDeploy's (`role` in its `/register`)."""
+
+    MIXED = 0
+    PREFILL = 1
+    DECODE = 2
+
+
+class EngineKind(StrEnum):
+    """The dialect an instance speaks."""
+
+    FASTDEPLOY = "fastdeploy"
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    OPENAI = "openai"
+    NATIVE = "native"
+
+
+class Trust(IntEnum):
+    """How far the load of an instance may be believed; policies respect it."""
+
+    STALE = 0  # nothing heard, or too long ago: only live counters count
+    APPROX = 1  # polled, or a gap was seen
+    EXACT = 2  # pushed by the engine, no gap
+
+
+class FastDeployFields(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a FastDeploy registration carries beyond host, port and role.
+
+    Carried as registered; `None` = not sent, which `/registered` shows as null. Values are normalised to
+    strings as the original does (`rdma_ports: [7100, "7101"]` becomes `["7100", "7101"]`).
+    """
+
+    connector_port: str = ""
+    engine_worker_queue_port: str = ""
+    transfer_protocol: list[str] | None = None
+    rdma_ports: list[str] | None = None
+    device_ids: list[str] | None = None
+    metrics_port: str = ""
+    tp_size: int = 0
+
+
+class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One engine behind one address. Its msgpack form is the blob in shared memory (at most 8 KiB)."""
+
+    url: str
+    """Identity. `http://host:port` for HTTP engines, the data endpoint (`tcp://…`, `ipc://…`) for native ones."""
+    role: Role = Role.MIXED
+    engine: EngineKind = EngineKind.OPENAI
+    models: tuple[str, ...] = ()
+    """Model names it serves; empty = unknown, which makes it a candidate for every model."""
+    capacity: int = 0
+    """Requests it runs at once; 0 = unknown."""
+    incarnation: bytes = b""
+    """Native engines: 16 bytes drawn at each start. Empty for HTTP engines."""
+    metrics_url: str = ""
+    """Where `/metrics` is polled; empty = the engine publishes its load, or offers none."""
+    load_endpoint: str = ""
+    """ZMQ endpoint at which the engine publishes SGLang's LoadStat; empty = none."""
+    transfer: bytes = b""
+    """Opaque transfer metadata (NCCL, RDMA, device ids) exactly as registered; carried, never read."""
+    fastdeploy: FastDeployFields | None = None
+
+    @property
+    def is_native(self) -> bool:
+        return self.engine is EngineKind.NATIVE
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine said of itself, once. `None` = it did not say."""
+
+    running: int | None = None
+    waiting: int | None = None
+    waiting_tokens: int | None = None
+    kv_permille: int | None = None
+    """KV-cache use in 1/1000."""
+    capacity: int | None = None
+    trust: Trust = Trust.EXACT
+
+
+class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the choice of an instance depends on, and nothing else of the request."""
+
+    model: str | None = None
+    role: Role = Role.MIXED
+    prompt_tokens: int = 0
+    """Estimated tokens of the prompt (exact for token-id prompts)."""
+    session: str | None = None
+    prompt: str = ""
+    """The prompt's text, for policies that match prefixes."""

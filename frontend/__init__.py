@@ -1,0 +1,1 @@
+"""The HTTP face of Penstock: what one frontend process runs."""
