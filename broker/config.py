@@ -37,11 +37,11 @@ PolicyName = Literal[
 """FastDeploy's nine names, all valid in a file. `broker.policies` says which of them this version decides by."""
 
 
-class Section(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
-    pass
+class Section(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Keys are written with dashes; a section of the file is one of these."""
 
 
-class Server(Section):
+class Server(Section, frozen=True, forbid_unknown_fields=True):
     host: str = "0.0.0.0"
     port: Port = 30000
     name: str = ""
@@ -58,7 +58,7 @@ class Server(Section):
     """How long running streams may go on after SIGTERM."""
 
 
-class Scheduler(Section):
+class Scheduler(Section, frozen=True, forbid_unknown_fields=True):
     policy: PolicyName = "request_num"
     prefill_policy: PolicyName = "process_tokens"
     decode_policy: PolicyName = "request_num"
@@ -77,7 +77,7 @@ class Scheduler(Section):
     stats_interval_secs: Positive = 5.0
 
 
-class Manager(Section):
+class Manager(Section, frozen=True, forbid_unknown_fields=True):
     register_path: str = ""
     """Instances to register at the start, relative to the working directory; tried again until they answer."""
     health_failure_threshold: Count = 3
@@ -93,7 +93,7 @@ class Manager(Section):
     """An instance that stays unhealthy this long is forgotten."""
 
 
-class Log(Section):
+class Log(Section, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warn", "error"] = "info"
     output: Literal["stdout", "file"] = "stdout"
     """`file` = `logs/penstock.log` under the working directory."""
@@ -102,7 +102,7 @@ class Log(Section):
     cleanup_interval_secs: Positive = 3600.0
 
 
-class Shm(Section):
+class Shm(Section, frozen=True, forbid_unknown_fields=True):
     dir: str = "/dev/shm"
     frontends: Annotated[int, Meta(ge=1, le=1024)] = 64
     """Rows of counters: frontends that may live at once, swapped ones included."""
@@ -112,7 +112,7 @@ class Shm(Section):
     """A slot rests this long after its last request before another instance may have it."""
 
 
-class Engines(Section):
+class Engines(Section, frozen=True, forbid_unknown_fields=True):
     """Where engines reach the scheduler over ZMQ, beside the run directory's own ipc sockets."""
 
     control_bind: str = ""
@@ -121,7 +121,7 @@ class Engines(Section):
     """For example `tcp://0.0.0.0:30101`."""
 
 
-class Timeouts(Section):
+class Timeouts(Section, frozen=True, forbid_unknown_fields=True):
     connect_secs: Positive = 5.0
     first_byte_secs: NotNegative = 0.0
     """0 = off: an unstreamed answer's first byte is its last."""
@@ -129,7 +129,7 @@ class Timeouts(Section):
     """Longest silence within a stream; 0 = off."""
 
 
-class Upstream(Section):
+class Upstream(Section, frozen=True, forbid_unknown_fields=True):
     attempts: Annotated[int, Meta(ge=1, le=10)] = 3
     """Tries in all, before the first byte."""
     connections: Count = 1024
@@ -142,12 +142,12 @@ class Upstream(Section):
     """How long it stays open before one request tries again."""
 
 
-class Models(Section):
+class Models(Section, frozen=True, forbid_unknown_fields=True):
     aliases: dict[str, str] = {}
     """Name a client may use -> name that the instances serve."""
 
 
-class Config(Section):
+class Config(Section, frozen=True, forbid_unknown_fields=True):
     server: Server = Server()
     scheduler: Scheduler = Scheduler()
     manager: Manager = Manager()
@@ -181,9 +181,7 @@ def load(path: str | Path | None, env: Mapping[str, str], flags: Mapping[tuple[s
 def build(tree: Tree, source: str = "settings") -> Config:
     """Checks a tree of plain values; None stands for a default, as an empty key in YAML does."""
     _refuse_unknown(tree, source)
-    kept = {
-        s: {k: v for k, v in keys.items() if v is not None} for s, keys in tree.items() if keys is not None
-    }
+    kept = {s: {k: v for k, v in keys.items() if v is not None} for s, keys in tree.items() if keys is not None}
     port = kept.get("server", {}).get("port")
     if isinstance(port, str) and port.strip().isdigit():  # FastDeploy's example file quotes it
         kept["server"]["port"] = int(port)
@@ -213,7 +211,7 @@ def _read(path: Path) -> Tree:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: the top level must be a mapping of sections")
-    return cast(Tree, tree)
+    return cast("Tree", tree)
 
 
 def _section(tree: Tree, name: str) -> Tree:

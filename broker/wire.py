@@ -214,9 +214,7 @@ T = TypeVar("T")
 encode = msgspec.msgpack.Encoder().encode
 
 
-def decode(
-    decoder: msgspec.msgpack.Decoder[T], frame: bytes | memoryview, limit: int = MAX_CONTROL_BYTES
-) -> T:
+def decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes | memoryview, limit: int = MAX_CONTROL_BYTES) -> T:
     """One message of the decoder's union. Raises `WireError` on anything else."""
     if len(frame) > limit:
         raise WireError(f"message of {len(frame)} bytes, the limit is {limit}")

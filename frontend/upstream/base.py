@@ -1,0 +1,90 @@
+"""The contract between a request and the transport that carries it.
+
+    Upstream.open(instance, request, sink) -> Call
+                                       |        cancel / pause / resume      by whoever forwards
+                                       +------> start, write*, finish | fail  by the transport
+
+Rules, tested for every transport in tests/contract:
+* `open` returns at once and calls nothing on the sink before it has returned.
+* The sink hears `start` at most once, then any number of `write`, then exactly one of `finish` and `fail`
+  (`fail` may come without `start`). After `cancel` it hears nothing more.
+* `cancel` is idempotent, aborts the work at the engine at once and frees what the call held.
+* Everything happens on the event loop's thread; there is no task, future or event per chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from broker.errors import PenstockError
+from broker.types import Instance
+
+Headers = list[tuple[bytes, bytes]]
+"""As in ASGI: names in lower case, order kept, repeats allowed."""
+
+HOP_BY_HOP = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    )
+)
+"""Headers that belong to one connection (RFC 9110, 7.6.1) and are never passed on."""
+
+
+class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is sent to an instance, whatever the transport."""
+
+    path: str
+    """Path and query as the client asked for, for example `/v1/chat/completions`."""
+    headers: Headers
+    """End-to-end headers of the client; neither hop-by-hop ones nor Host nor Content-Length."""
+    body: bytes
+    stream: bool = False
+    transfer: bytes = b""
+    """The peer's transfer metadata in prefill/decode pairs, for native engines."""
+
+
+class Sink(Protocol):
+    """Who receives an answer."""
+
+    def start(self, status: int, headers: Headers) -> None:
+        """Status and end-to-end headers (Content-Length kept when the engine gave one)."""
+
+    def write(self, data: bytes) -> None:
+        """Body bytes as they came; never empty."""
+
+    def finish(self) -> None:
+        """The answer is whole."""
+
+    def fail(self, error: PenstockError) -> None:
+        """It will never be whole: the engine, the way to it, or a limit ended it."""
+
+
+class Call(Protocol):
+    """One request under way at one instance."""
+
+    def cancel(self) -> None:
+        """The answer is no longer wanted."""
+
+    def pause(self) -> None:
+        """Write no more for now. A transport that cannot hold its engine back may buffer up to its bound, then fail."""
+
+    def resume(self) -> None: ...
+
+
+class Upstream(Protocol):
+    """A transport."""
+
+    def open(self, instance: Instance, request: UpstreamRequest, sink: Sink) -> Call: ...
+
+    def close(self) -> None:
+        """Ends every connection; calls still open hear `fail`."""
