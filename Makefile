@@ -20,7 +20,7 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 run: $(STAMP) ## start Penstock; ARGS="--port 30000 --config_path config.yaml", simulated engines when none is configured
-	@exec $(BIN)/penstock serve --sim-if-empty 3 $(ARGS)
+	@exec $(BIN)/penstock serve --sim auto $(ARGS)
 
 test: $(STAMP) ## the default test suite
 	$(BIN)/python -m pytest $(ARGS)

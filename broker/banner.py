@@ -1,0 +1,53 @@
+"""What `penstock serve` prints once it is ready."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+from broker.config import Config
+
+
+def version() -> str:
+    return importlib.metadata.version("penstock")
+
+
+def url(settings: Config) -> str:
+    """Where this machine reaches the frontends: the wildcard addresses become loopback."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(settings.server.host, settings.server.host)
+    return f"http://[{host}]:{settings.server.port}" if ":" in host else f"http://{host}:{settings.server.port}"
+
+
+def text(settings: Config, run_dir: Path, simulated: int) -> str:
+    server, scheduler = settings.server, settings.scheduler
+    if server.splitwise:
+        policy = f"{scheduler.prefill_policy} (prefill), {scheduler.decode_policy} (decode)"
+    else:
+        policy = scheduler.policy
+    if simulated:
+        engines = f"{simulated} simulated ones are being started (asked for by --sim; they answer with made-up words)"
+    elif settings.manager.register_path:
+        engines = f"from {settings.manager.register_path}, and by POST /register"
+    else:
+        engines = "none yet; POST /register, or start one with: penstock sim --router " + url(settings)
+    name = f" {server.name}" if server.name else ""
+    lines = [
+        f"Penstock {version()}{name}",
+        f"  listening on   http://{server.host}:{server.port}",
+        f"  frontends      {server.workers}",
+        f"  policy         {policy}",
+        f"  instances      {engines}",
+        f"  shared memory  {run_dir}   (look inside: python -m shm {run_dir})",
+        "",
+        "  Try it:",
+        f"    curl {url(settings)}/v1/chat/completions -H 'Content-Type: application/json' \\",
+        """      -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'""",
+        f"    penstock instances --port {server.port}",
+    ]
+    return "\n".join(lines)
+
+
+def show(settings: Config, run_dir: Path, simulated: int) -> None:
+    """Also when the log goes to a file: a person who starts a server wants to see that it runs."""
+    print(f"\n{text(settings, run_dir, simulated)}\n", file=sys.stdout, flush=True)

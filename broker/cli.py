@@ -1,0 +1,199 @@
+"""The command `penstock`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from broker import banner, config, supervisor
+from broker.config import Config
+from broker.errors import PenstockError
+
+SIM_AUTO = 3
+"""Simulated engines that `--sim auto` starts when no engine is configured."""
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class SimCount(click.ParamType):
+    name = "N|auto"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto":
+            return value
+        if value.isdigit() and int(value) <= 256:
+            return int(value)
+        return self.fail(f"{value!r} is neither a number up to 256 nor 'auto'", param, ctx)
+
+
+def config_options(command: F) -> F:
+    """The flags that settle a `Config`, shared by `serve` and `check`."""
+    options = [
+        click.option("--host", help="Address to listen on. [0.0.0.0]"),
+        click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on. [30000]"),
+        click.option("--splitwise", is_flag=True, default=None, help="Prefill/decode disaggregation."),
+        click.option(
+            "--config_path", "--config-path", type=click.Path(), help="YAML file; FastDeploy's loads unchanged."
+        ),
+        click.option("--workers", type=click.IntRange(1, 1024), help="Frontend processes. [2]"),
+        click.option("--shm-dir", help="Where shared memory is mapped. [/dev/shm]"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def settle(
+    host: str | None,
+    port: int | None,
+    splitwise: bool | None,
+    config_path: str | None,
+    workers: int | None,
+    shm_dir: str | None,
+) -> Config:
+    flags: dict[tuple[str, str], object] = {
+        ("server", "host"): host,
+        ("server", "port"): port,
+        # The flag can only switch on, as in the original.
+        ("server", "splitwise"): splitwise or None,
+        ("server", "workers"): workers,
+        ("shm", "dir"): shm_dir,
+    }
+    return config.load(config_path, os.environ, flags)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(banner.version(), "--version", "-V", prog_name="penstock")
+def cli() -> None:
+    """A multi-process ZeroMQ broker and OpenAI-compatible router for LLM inference engines."""
+
+
+@cli.command()
+@config_options
+@click.option(
+    "--sim",
+    type=SimCount(),
+    default=0,
+    metavar="N|auto",
+    help=f"Also start N simulated engines; auto: {SIM_AUTO}, and only when no engine is configured. [0]",
+)
+def serve(sim: int | str, **flags: Any) -> None:
+    """Run the router until SIGTERM or Ctrl-C; SIGHUP swaps the frontends one by one."""
+    settings = settle(**flags)
+    if sim == "auto":
+        sim = 0 if settings.manager.register_path else SIM_AUTO
+    sys.exit(supervisor.serve(settings, int(sim)))
+
+
+@cli.command()
+@config_options
+def check(**flags: Any) -> None:
+    """Check the settings and print those in force, without starting anything."""
+    settings = settle(**flags)
+    supervisor.check(settings)
+    click.echo(config.dump(settings).decode())
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def sim(arguments: tuple[str, ...]) -> None:
+    """Run one simulated engine; `penstock sim --help` lists its options."""
+    from broker.worker.sim import __main__ as simulated  # an engine's code; the router never needs it
+
+    sys.exit(simulated.main(list(arguments)))
+
+
+server_option = click.option("--url", help="A running Penstock. [http://127.0.0.1:PORT]")
+port_option = click.option("--port", type=click.IntRange(1, 65535), default=30000, show_default=True)
+
+
+@cli.command()
+@server_option
+@port_option
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON as it came.")
+def instances(url: str | None, port: int, as_json: bool) -> None:
+    """List the registered instances and their load."""
+    answer = call(url, port, "/instances")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    rows = [COLUMNS, *([cell(row.get(key)) for key in COLUMNS] for row in answer["instances"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    for row in rows:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+COLUMNS = [
+    "url",
+    "role",
+    "engine",
+    "state",
+    "in_flight",
+    "running",
+    "waiting",
+    "kv_permille",
+    "capacity",
+    "age_ms",
+    "models",
+]
+
+
+@cli.command()
+@click.argument("instance")
+@click.option("--resume", is_flag=True, help="Take it back.")
+@server_option
+@port_option
+def drain(instance: str, resume: bool, url: str | None, port: int) -> None:
+    """Send no new requests to INSTANCE (its URL); those under way go on."""
+    answer = call(url, port, "/drain", {"url": instance, "resume": resume})
+    click.echo(answer.get("msg", "done"))
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def call(url: str | None, port: int, path: str, body: object = None) -> Any:
+    """One admin request. Raises `ClickException` with what the server said."""
+    address = (url or f"http://127.0.0.1:{port}").rstrip("/") + path
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data=data, headers={"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=10) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as e:
+        raise click.ClickException(f"{address} answered {e.code}: {said(e.read())}") from e
+    except (OSError, ValueError) as e:
+        raise click.ClickException(f"no Penstock at {address}: {e}") from e
+
+
+def said(body: bytes) -> str:
+    """The message inside an error body, else its beginning."""
+    try:
+        answer = json.loads(body)
+        return str(answer["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace")
+
+
+def main() -> None:
+    """Entry point: errors of ours are one line on stderr and exit code 1."""
+    try:
+        cli()
+    except PenstockError as e:
+        click.echo(f"penstock: {e.message}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

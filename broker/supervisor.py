@@ -1,0 +1,416 @@
+"""`penstock serve`: the process that owns a run.
+
+It resolves nothing and routes nothing. It makes the run directory, the segments and the listening socket, starts
+the scheduler, then the frontends, then (asked to) simulated engines; brings back what dies; settles the counters
+of a dead frontend; swaps frontends on SIGHUP; and takes everything down on SIGTERM.
+
+    start      scheduler -> "ready" (first pass over register.yaml) -> listen -> frontends -> "ready" -> banner
+    child dies reaped here -> a frontend's row is settled -> started again, with back-off
+    SIGTERM    listening socket closed -> frontends drain -> engines and scheduler -> memory removed
+
+Children learn of the supervisor's own death by the end of a pipe (`--alive-fd`) whose other end only it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from broker import banner, config, log
+from broker.config import Config
+from broker.counters import Counters
+from broker.errors import ConfigError, PenstockError
+from broker.table import create_load_segment
+from shm import fence
+from shm.rundir import RunDirectory, RunDirectoryError, remove_stale
+from shm.segment import SegmentError
+
+logger = logging.getLogger("supervisor")
+
+START_WITHIN_S = 60.0
+"""A frontend that is not ready by then is killed and started again."""
+STOP_REST_S = 2.0
+"""What engines and scheduler get to stop, after the frontends have drained."""
+TURN_S = 1.0
+
+
+class StartError(PenstockError):
+    """The run cannot begin; the message says why."""
+
+
+class Backoff:
+    """Delay before the next start of a child that dies again and again. Pure; `now` in seconds."""
+
+    FIRST_S, LONGEST_S, HEALTHY_S = 0.25, 10.0, 30.0
+
+    def __init__(self) -> None:
+        self._delay = 0.0
+
+    def after(self, lived: float) -> float:
+        """Seconds to wait: none after a healthy life, else doubling."""
+        if lived >= self.HEALTHY_S:
+            self._delay = 0.0
+        delay, self._delay = self._delay, min(max(self._delay * 2, self.FIRST_S), self.LONGEST_S)
+        return delay
+
+
+class Child:
+    """One child process across its lives. Owned by the supervisor."""
+
+    def __init__(self, name: str, command: Callable[[int, int], Sequence[str]], row: int | None = None) -> None:
+        """`command(life, ready_fd)` gives the arguments after the interpreter's name."""
+        self.name = name
+        self.row = row
+        self.life = 0
+        self.ready = False
+        self.leaving = False
+        self.start_at: float | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.started_at = 0.0
+        self._command = command
+        self._backoff = Backoff()
+        self._ready_fd = -1
+
+    def __repr__(self) -> str:
+        pid = self.process.pid if self.process else None
+        return f"Child({self.name!r}, pid={pid}, life={self.life}, ready={self.ready})"
+
+    def start(self, inherited: Sequence[int], now: float) -> None:
+        self.life += 1
+        self.ready, self.start_at, self.started_at = False, None, now
+        self._ready_fd, theirs = os.pipe()
+        try:
+            arguments = [sys.executable, *self._command(self.life, theirs)]
+            self.process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(*inherited, theirs))
+        finally:
+            os.close(theirs)
+
+    @property
+    def ready_fd(self) -> int:
+        """Readable when the child has said that it is ready, or died; -1 once read."""
+        return self._ready_fd
+
+    def read_ready(self) -> None:
+        self.ready = bool(os.read(self._ready_fd, 16))
+        self._close_ready()
+
+    def died(self, now: float) -> int | None:
+        """The exit code (negative: signal) once the process has ended; it is reaped then."""
+        if self.process is None or (code := self.process.poll()) is None:
+            return None
+        self.process = None
+        self._close_ready()
+        self.ready = False
+        self.start_at = now + self._backoff.after(now - self.started_at)
+        return code
+
+    def signal(self, number: int) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+    def _close_ready(self) -> None:
+        if self._ready_fd >= 0:
+            os.close(self._ready_fd)
+            self._ready_fd = -1
+
+
+class Supervisor:
+    """One run of Penstock, from the lock to the last reaped child."""
+
+    def __init__(self, settings: Config, simulated: int = 0) -> None:
+        self._config = settings
+        self._simulated = simulated
+        self._signals: list[int] = []
+        self._selector = selectors.DefaultSelector()
+        self._children: list[Child] = []
+        self._swaps: list[tuple[Child, Child]] = []
+        self._listener: socket.socket | None = None
+        self._alive_fd = -1
+
+    def run(self) -> int:
+        """Serves until told to stop; returns the exit code. Raises `StartError` when the run cannot begin."""
+        if self._config.server.workers > 1 and not fence.promised():
+            raise StartError(fence.REFUSAL)
+        with contextlib.ExitStack() as stack:
+            self._listener = stack.enter_context(listening_socket(self._config))
+            stack.enter_context(self._catching_signals())
+            self._run_dir = stack.enter_context(run_directory(self._config))
+            self._counters = make_segments(self._run_dir.path, self._config)
+            self._alive_fd, alive_end = os.pipe()
+            stack.callback(os.close, alive_end)
+            stack.callback(os.close, self._alive_fd)
+            stack.callback(self._stop)
+            self._serve()
+        return 0
+
+    # -- start -----------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        if not self._start_first(self._scheduler()):
+            return
+        assert self._listener is not None
+        try:
+            self._listener.listen(self._config.server.backlog)
+        except OSError as e:
+            raise StartError(_port_taken(self._config, e)) from e
+        for row in range(self._config.server.workers):
+            if not self._start_first(self._frontend(row)):
+                return
+        for number in range(self._simulated):
+            self._start(self._engine(number))
+        banner.show(self._config, self._run_dir.path, self._simulated)
+        rotation = log.Rotation(self._config.log, datetime.datetime.now())
+        while not self._stopping:
+            self._turn()
+            rotation.turn(datetime.datetime.now())
+
+    def _start_first(self, child: Child) -> bool:
+        """Starts a child for the first time and waits until it is ready; False when told to stop meanwhile."""
+        self._start(child)
+        while not child.ready and not self._stopping:
+            if child.process is None or child.start_at is not None:
+                raise StartError(f"{child.name} did not start; its own message stands above")
+            self._wait()
+            self._reap(restart=False)
+        return child.ready
+
+    def _start(self, child: Child) -> None:
+        if child not in self._children:
+            self._children.append(child)
+        assert self._listener is not None
+        inherited = [self._alive_fd]
+        if child.row is not None:
+            inherited.append(self._listener.fileno())
+        child.start(inherited, time.monotonic())
+        if child.row is not None and child.process is not None:
+            self._counters.enter(child.row, child.process.pid, child.life)
+        self._selector.register(child.ready_fd, selectors.EVENT_READ, child)
+
+    def _scheduler(self) -> Child:
+        def command(_life: int, ready_fd: int) -> Sequence[str]:
+            return ["-m", "broker.scheduler", str(self._run_dir.path), *self._fds(ready_fd)]
+
+        return Child("scheduler", command)
+
+    def _frontend(self, row: int) -> Child:
+        def command(life: int, ready_fd: int) -> Sequence[str]:
+            assert self._listener is not None
+            listen = ["--listen-fd", str(self._listener.fileno())]
+            who = ["--index", str(row), "--life", str(life)]
+            return ["-m", "frontend", str(self._run_dir.path), *who, *listen, *self._fds(ready_fd)]
+
+        return Child(f"frontend-{row}", command, row)
+
+    def _engine(self, number: int) -> Child:
+        """Simulated engines take turns in how they are reached, so that both transports are seen at work."""
+
+        def command(_life: int, ready_fd: int) -> Sequence[str]:
+            transport = "zmq" if number % 2 == 0 else "http"
+            router = banner.url(self._config)
+            who = ["--name", f"sim-{number}", "--transport", transport, "--router", router]
+            return ["-m", "broker.worker.sim", *who, "--alive-fd", str(self._alive_fd)]
+
+        return Child(f"sim-{number}", command)
+
+    def _fds(self, ready_fd: int) -> list[str]:
+        return ["--ready-fd", str(ready_fd), "--alive-fd", str(self._alive_fd)]
+
+    # -- life ------------------------------------------------------------------------------------------
+
+    @property
+    def _stopping(self) -> bool:
+        return signal.SIGTERM in self._signals or signal.SIGINT in self._signals
+
+    def _turn(self) -> None:
+        self._wait()
+        self._reap(restart=True)
+        now = time.monotonic()
+        for child in self._children:
+            if child.start_at is not None and now >= child.start_at:
+                self._start(child)
+            elif (
+                child.row is not None and child.process and not child.ready and now > child.started_at + START_WITHIN_S
+            ):
+                logger.error("%s is not ready after %.0f s: killed", child.name, START_WITHIN_S)
+                child.signal(signal.SIGKILL)
+        if signal.SIGHUP in self._signals:
+            self._signals.remove(signal.SIGHUP)
+            self._begin_swap()
+        self._go_on_swapping()
+
+    def _wait(self) -> None:
+        """Sleeps until a signal, a child's word or death, or one turn's time."""
+        due = [c.start_at - time.monotonic() for c in self._children if c.start_at is not None]
+        for key, _ in self._selector.select(max(0.0, min([TURN_S, *due]))):
+            if isinstance(key.data, Child):
+                self._selector.unregister(key.fd)
+                key.data.read_ready()
+            else:
+                self._signals += os.read(key.fd, 64)
+
+    def _reap(self, *, restart: bool) -> None:
+        for child in list(self._children):
+            fd = child.ready_fd
+            code = child.died(time.monotonic())
+            if code is None:
+                continue
+            if fd >= 0:
+                self._selector.unregister(fd)
+            if child.row is not None:
+                # Only now: the process is reaped, nobody writes the row, and its replacement is not started.
+                abandoned = self._counters.settle(child.row)
+                self._counters.leave(child.row)
+                if abandoned:
+                    logger.warning("%s left %d requests behind", child.name, abandoned)
+            if child.leaving:
+                self._children.remove(child)
+            elif restart:
+                logger.error("%s ended (%s); starting it again", child.name, _how(code))
+
+    def _begin_swap(self) -> None:
+        """SIGHUP: every frontend is replaced by a new process, one after another, each in a free row."""
+        frontends = [c for c in self._children if c.row is not None and not c.leaving]
+        rows = {c.row for c in self._children}
+        workers, capacity = self._config.server.workers, self._config.shm.frontends
+        for old in frontends:
+            assert old.row is not None
+            # The same remainder keeps the policy's seat: k of N.
+            free = (r for r in range(old.row % workers, capacity, workers) if r not in rows)
+            row = next(free, None)
+            if row is None:
+                logger.error("no free row of counters: %s is not swapped", old.name)
+                continue
+            rows.add(row)
+            self._swaps.append((old, self._frontend(row)))
+
+    def _go_on_swapping(self) -> None:
+        while self._swaps:
+            old, new = self._swaps[0]
+            if new not in self._children:
+                logger.info("swapping %s for %s", old.name, new.name)
+                self._start(new)
+            if not new.ready:
+                return
+            old.leaving = True
+            old.signal(signal.SIGTERM)
+            self._swaps.pop(0)
+
+    # -- end -------------------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        """Ends every child: frontends first, so that their streams can finish on living engines."""
+        assert self._listener is not None
+        self._listener.close()
+        self._signals = [s for s in self._signals if s not in (signal.SIGTERM, signal.SIGINT)]
+        for child in self._children:
+            child.leaving, child.start_at = True, None
+        frontends = [c for c in self._children if c.row is not None]
+        if frontends:
+            logger.info("stopping: running streams may take %.0f s", self._config.server.drain_secs)
+        self._end(frontends, self._config.server.drain_secs + STOP_REST_S / 2)
+        self._end(list(self._children), STOP_REST_S)
+
+    def _end(self, children: list[Child], within_s: float) -> None:
+        for child in children:
+            child.signal(signal.SIGTERM)
+        deadline = time.monotonic() + within_s
+        while any(c.process for c in children):
+            self._wait()
+            self._reap(restart=False)
+            # A second Ctrl-C or SIGTERM means: now.
+            if time.monotonic() > deadline or self._stopping:
+                for child in children:
+                    child.signal(signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        mine, wakeup = socket.socketpair()
+        mine.setblocking(False)
+        wakeup.setblocking(False)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+        before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        fd = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        self._selector.register(mine, selectors.EVENT_READ)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(fd)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._selector.close()
+            mine.close()
+            wakeup.close()
+
+
+def listening_socket(settings: Config) -> socket.socket:
+    """Bound, not yet listening: connections are refused until the fleet is known. Raises `StartError`."""
+    host, port = settings.server.host, settings.server.port
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, proto)
+    except OSError as e:
+        raise StartError(f"cannot listen on {host!r}: {e.strerror}") from e
+    # REUSEADDR, not REUSEPORT: a restart need not wait for old connections, a second Penstock must fail.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+    except OSError as e:
+        sock.close()
+        raise StartError(_port_taken(settings, e)) from e
+    sock.setblocking(False)
+    return sock
+
+
+def _port_taken(settings: Config, e: OSError) -> str:
+    return f"cannot listen on {settings.server.host}:{settings.server.port}: {e.strerror}"
+
+
+@contextlib.contextmanager
+def run_directory(settings: Config) -> Iterator[RunDirectory]:
+    """This run's directory, after those that dead runs left behind are gone."""
+    for stale in remove_stale(settings.shm.dir, "penstock"):
+        logger.info("removed %s, which a dead run had left", stale)
+    try:
+        directory = RunDirectory.create(settings.shm.dir, f"penstock-{settings.server.port}")
+    except RunDirectoryError as e:
+        raise StartError(f"shm.dir: {e}") from e
+    with directory:
+        yield directory
+
+
+def make_segments(path: Path, settings: Config) -> Counters:
+    """The shared memory of the run, and the supervisor's handle on the counters. Raises `StartError`."""
+    try:
+        create_load_segment(path, settings.shm)
+        counters = Counters.create(path, settings.shm)
+    except SegmentError as e:
+        raise StartError(f"shm.dir: {e}") from e
+    (path / "config.json").write_bytes(config.dump(settings))
+    return counters
+
+
+def serve(settings: Config, simulated: int = 0) -> int:
+    """Runs Penstock in this process until it is told to stop. Raises `StartError`, `ConfigError`."""
+    log.setup(settings.log, "supervisor")
+    if settings.server.workers > settings.shm.frontends:
+        raise ConfigError(
+            f"server.workers is {settings.server.workers}, but shm.frontends has room for {settings.shm.frontends}"
+        )
+    return Supervisor(settings, simulated).run()
+
+
+def _how(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
