@@ -1,0 +1,49 @@
+"""How an instance is chosen: one file per policy, one dict of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import get_args
+
+from broker.config import PolicyName
+from broker.errors import ConfigError
+from broker.policies.base import Loads, Options, Policy
+from broker.policies.fd_metrics_score import FdMetricsScore
+from broker.policies.fd_remote_metrics_score import FdRemoteMetricsScore
+from broker.policies.power_of_two import PowerOfTwo
+from broker.policies.process_tokens import ProcessTokens
+from broker.policies.random import RandomChoice
+from broker.policies.request_num import RequestNum
+from broker.policies.round_robin import RoundRobin
+
+__all__ = ["POLICIES", "Loads", "Options", "Policy", "frontend_rng", "make_policy"]
+
+POLICIES: dict[str, Callable[[Options, Random, float], Policy]] = {
+    "random": lambda _options, rng, _offset: RandomChoice(rng),
+    "round_robin": lambda _options, _rng, offset: RoundRobin(offset),
+    "power_of_two": lambda _options, rng, _offset: PowerOfTwo(rng),
+    "process_tokens": lambda _options, rng, _offset: ProcessTokens(rng),
+    "request_num": lambda _options, rng, _offset: RequestNum(rng),
+    "fd_metrics_score": lambda options, rng, _offset: FdMetricsScore(options, rng),
+    "fd_remote_metrics_score": lambda options, rng, _offset: FdRemoteMetricsScore(options, rng),
+}
+"""The names of FastDeploy's router. Each role has a policy of its own, so that none shares a turn with another."""
+
+
+def make_policy(name: str, options: Options, rng: Random, offset: float) -> Policy:
+    """The policy of that name. `offset` is k/N for frontend k of N: where on the circle its round robin starts.
+
+    Raises `ConfigError` with a sentence that lists the known names.
+    """
+    if name in POLICIES:
+        return POLICIES[name](options, rng, offset)
+    known = ", ".join(POLICIES)
+    if name in get_args(PolicyName):
+        raise ConfigError(f"the policy {name!r} is not available in this version; available: {known}")
+    raise ConfigError(f"unknown policy {name!r}; known: {known}")
+
+
+def frontend_rng(seed: int, frontend: int) -> Random:
+    """The draws of one frontend: its own sequence, the same again for the same seed."""
+    return Random(f"{seed}/{frontend}")
