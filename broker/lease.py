@@ -1,0 +1,107 @@
+"""A lease: one request's claim on one instance. Closing it is the only way its load goes down.
+
+    frontend (take)                                scheduler (remove, reclaim)
+    1  STARTED += 1            own cell            1  STATE := RESTING
+    2  fence                                       2  fence
+    3  load STATE, GENERATION of the slot          3  load the counters: level?
+    4  still READY and ours? else give it back     4  level and rested? then the slot may be used again
+
+Store, fence, load on both sides (Dekker): it cannot be that the frontend loads the old state *and* the scheduler loads
+the old counter. Without a fence: (1) the frontend's store waits in its store buffer, (2) it loads READY, (3) the
+scheduler stores RESTING and finds the counters level, (4) the slot goes to another instance, and the request is
+counted, and its answer accounted, there. STATE is loaded before GENERATION, and stored after it: a READY that
+belongs to a later generation is seen together with that generation.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self
+
+from broker.counters import CounterColumn
+from shm import fence
+from shm.cells import CounterRow
+
+_STARTED = int(CounterColumn.STARTED)
+_FINISHED = int(CounterColumn.FINISHED)
+_TOKENS_STARTED = int(CounterColumn.TOKENS_STARTED)
+_TOKENS_FINISHED = int(CounterColumn.TOKENS_FINISHED)
+_WITHDRAWN = int(CounterColumn.WITHDRAWN)
+_TOKENS_WITHDRAWN = int(CounterColumn.TOKENS_WITHDRAWN)
+
+
+class Slots(Protocol):
+    """What taking needs of the table; `broker.view.TableReader` is the real one."""
+
+    def is_open(self, slot: int, generation: int) -> bool:
+        """Whether the slot is READY in this generation, in shared memory, now."""
+
+    def refuse(self, slot: int) -> None:
+        """Leave the slot out of further views until the table has changed."""
+
+
+class Lease:
+    """Held by whoever streams the answer. Belongs to one thread, like the counters it moves."""
+
+    __slots__ = ("_row", "closed", "generation", "slot", "tokens")
+
+    def __init__(self, row: CounterRow, slot: int, generation: int, tokens: int) -> None:
+        self._row = row
+        self.slot = slot
+        self.generation = generation
+        self.tokens = tokens
+        """Prompt tokens not released yet."""
+        self.closed = False
+
+    def count(self, column: CounterColumn) -> None:
+        """Count an outcome at this instance, while the lease is held: later the slot may be another's."""
+        if self.closed:
+            raise ValueError(f"{self!r} counts nothing any more")
+        self._row.cells[column * self._row.width + self.slot] += 1
+
+    def finish_tokens(self) -> None:
+        """Release the prompt tokens before the end: the prompt has been processed. Idempotent."""
+        if self.tokens:
+            self._row.cells[_TOKENS_FINISHED * self._row.width + self.slot] += self.tokens
+            self.tokens = 0
+
+    def close(self, outcome: CounterColumn | None = None) -> None:
+        """The request has ended, as `outcome` says. Idempotent: only the first call counts."""
+        if self.closed:
+            return
+        if outcome is not None:
+            self.count(outcome)
+        self.finish_tokens()
+        self.closed = True
+        # Last: until here the scheduler keeps the slot for this generation.
+        self._row.cells[_FINISHED * self._row.width + self.slot] += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        return f"Lease(slot={self.slot}, generation={self.generation}, tokens={self.tokens}, {state})"
+
+
+def take(slots: Slots, row: CounterRow, slot: int, generation: int, tokens: int = 0) -> Lease | None:
+    """Claim `slot` as the view showed it. None: it is no longer that; look at a new view, which leaves it out."""
+    cells, width = row.cells, row.width
+    cells[_STARTED * width + slot] += 1
+    if tokens:
+        cells[_TOKENS_STARTED * width + slot] += tokens
+    fence.full()
+    if slots.is_open(slot, generation):
+        return Lease(row, slot, generation, tokens)
+    cells[_WITHDRAWN * width + slot] += 1
+    if tokens:
+        cells[_TOKENS_WITHDRAWN * width + slot] += tokens
+        cells[_TOKENS_FINISHED * width + slot] += tokens
+    cells[_FINISHED * width + slot] += 1
+    slots.refuse(slot)
+    return None

@@ -1,0 +1,431 @@
+"""The reading half of the load table: candidates, and vectors over them.
+
+    segment `load` ----refresh----> own snapshot --select--> Candidates (kept while MEMBERSHIP stands)
+    segment `counters` --window--> live sums                     |
+                                        +------------------------+--> View: one decision's vectors, made when asked for
+
+A frontend has one `TableReader` and makes a `View` per decision. A view is for now: nothing may be awaited between
+making it and taking a lease on what was picked from it.
+
+What is kept between decisions, and until when:
+
+* the snapshot: while VERSION stands (one load);
+* candidates and decoded instances: while MEMBERSHIP stands, and no row or blob was missed because it was being
+  written. MEMBERSHIP is loaded before VERSION and stored after it, so a new MEMBERSHIP comes with its rows;
+* columns over the candidates: while the snapshot stands;
+* live counters: never.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.config import Config
+from broker.counters import CounterColumn, CountersReader, attach_counters
+from broker.errors import ModelNotFound, NoInstance
+from broker.table import BEAT_S, HOLDS_INSTANCE, LOAD, MAX_BLOB_BYTES, Cell, Column, State, decode, load_layout
+from broker.types import Instance, Role, Trust
+from shm.segment import Segment
+from shm.seqlock import RowReader
+
+Vector = NDArray[np.int64]
+
+_READY = int(State.READY)
+_ALIVE_NS = int(6 * BEAT_S * 1e9)
+"""The scheduler counts as alive this long after its last beat."""
+
+
+class Entry(NamedTuple):
+    """One registered instance."""
+
+    slot: int
+    generation: int
+    state: State
+    instance: Instance
+
+
+class Candidates:
+    """Instances that may serve one kind of request, sorted by URL, with the snapshot's columns over them."""
+
+    __slots__ = ("_columns", "_report", "_report_until_ns", "_stamp", "entries", "generations", "slots")
+
+    def __init__(self, entries: Collection[Entry]) -> None:
+        self.entries = sorted(entries, key=lambda entry: entry.instance.url)
+        self.slots: NDArray[np.int64] = np.array([entry.slot for entry in self.entries], dtype=np.int64)
+        self.slots.setflags(write=False)
+        self.generations = {entry.slot: entry.generation for entry in self.entries}
+        self._stamp = -1
+        self._columns: dict[int, Vector] = {}
+        self._report: tuple[Vector, Vector] | None = None
+        self._report_until_ns = 0
+
+    def without(self, slots: Collection[int]) -> Candidates:
+        return Candidates([entry for entry in self.entries if entry.slot not in slots])
+
+    def column(self, snapshot: Vector, stamp: int, column: int) -> Vector:
+        """The cells of `column` over the candidates, kept while `stamp` stands. Read-only."""
+        if stamp != self._stamp:
+            self._columns.clear()
+            self._report = None
+            self._stamp = stamp
+        found = self._columns.get(column)
+        if found is None:
+            found = snapshot[column].take(self.slots)
+            found.setflags(write=False)
+            self._columns[column] = found
+        return found
+
+    def report(self, snapshot: Vector, stamp: int, now_ns: int, stale_after_ns: int) -> tuple[Vector, Vector]:
+        """What the reports that count add to the live counters, and the trust in each report."""
+        reported_ns = self.column(snapshot, stamp, Column.REPORTED_NS)
+        if self._report is None or now_ns > self._report_until_ns:
+            running = self.column(snapshot, stamp, Column.RUNNING)
+            waiting = self.column(snapshot, stamp, Column.WAITING)
+            then = self.column(snapshot, stamp, Column.IN_FLIGHT_THEN)
+            fresh = reported_ns > now_ns - stale_after_ns
+            fresh &= reported_ns > 0
+            trust = np.where(fresh, self.column(snapshot, stamp, Column.TRUST), int(Trust.STALE))
+            trust.setflags(write=False)
+            told = fresh & (running >= 0) & (waiting >= 0)
+            self._report = np.where(told, running + waiting - then, 0), trust
+            # Until the oldest of the fresh ones is too old; a new report changes the stamp.
+            oldest = reported_ns[fresh].min() if fresh.any() else now_ns
+            self._report_until_ns = int(oldest) + stale_after_ns - 1 if fresh.any() else np.iinfo(np.int64).max
+        return self._report
+
+
+class View:
+    """Vectors over the candidates of one decision, all int64 and sorted alike, by URL; never empty.
+
+    Those that come from reports are read-only and shared with other views; UNKNOWN (-1) = the engine did not say.
+    """
+
+    __slots__ = ("_candidates", "_in_flight", "_now_ns", "_reader", "_tokens")
+
+    def __init__(self, reader: TableReader, candidates: Candidates, now_ns: int) -> None:
+        self._reader = reader
+        self._candidates = candidates
+        self._now_ns = now_ns
+        self._in_flight: Vector | None = None
+        self._tokens: Vector | None = None
+
+    def __len__(self) -> int:
+        return len(self._candidates.entries)
+
+    @property
+    def slots(self) -> Vector:
+        return self._candidates.slots
+
+    def generation(self, slot: int) -> int:
+        """Of a candidate; what `broker.lease.take` wants."""
+        return self._candidates.generations[slot]
+
+    @property
+    def in_flight(self) -> Vector:
+        """Requests in flight from all frontends, as of the first use in this view."""
+        if self._in_flight is None:
+            self._in_flight = self._reader.live_requests(self._candidates.slots)
+        return self._in_flight
+
+    @property
+    def tokens(self) -> Vector:
+        """Prompt tokens in flight from all frontends, as of the first use in this view."""
+        if self._tokens is None:
+            self._tokens = self._reader.live_tokens(self._candidates.slots)
+        return self._tokens
+
+    @property
+    def running(self) -> Vector:
+        return self._column(Column.RUNNING)
+
+    @property
+    def waiting(self) -> Vector:
+        return self._column(Column.WAITING)
+
+    @property
+    def waiting_tokens(self) -> Vector:
+        return self._column(Column.WAITING_TOKENS)
+
+    @property
+    def kv_permille(self) -> Vector:
+        return self._column(Column.KV_PERMILLE)
+
+    @property
+    def capacity(self) -> Vector:
+        """Requests at once; 0 = unknown."""
+        return self._column(Column.CAPACITY)
+
+    @property
+    def age_ns(self) -> Vector:
+        """Age of the last report; the time since boot where there is none."""
+        age: Vector = self._now_ns - self._column(Column.REPORTED_NS)
+        return age
+
+    @property
+    def trust(self) -> Vector:
+        """`Trust` of the last report; STALE also when it is too old, or there is none."""
+        return self._report()[1]
+
+    @property
+    def load(self) -> Vector:
+        """Requests at the instance: what it reported, and what the live counters have moved since.
+
+        Where there is no report to believe, the live counters alone: unknown is not idle.
+        """
+        load: Vector = self._report()[0] + self.in_flight
+        np.maximum(load, 0, out=load)
+        return load
+
+    def _report(self) -> tuple[Vector, Vector]:
+        reader = self._reader
+        return self._candidates.report(reader.snapshot, reader.stamp, self._now_ns, reader.stale_after_ns)
+
+    def _column(self, column: int) -> Vector:
+        return self._candidates.column(self._reader.snapshot, self._reader.stamp, column)
+
+    def __repr__(self) -> str:
+        return f"View(slots={self.slots.tolist()})"
+
+
+class _Group:
+    """The instances of one role, by model."""
+
+    def __init__(self, entries: Collection[Entry]) -> None:
+        ready = [entry for entry in entries if entry.state is State.READY]
+        self.every = Candidates(ready)
+        anything = [entry for entry in ready if not entry.instance.models]
+        self.anything = Candidates(anything)
+        """Those whose models are unknown: candidates for a model that nobody names."""
+        self.by_model: dict[str, Candidates] = {}
+        for name in {name for entry in ready for name in entry.instance.models}:
+            self.by_model[name] = Candidates([*(e for e in ready if name in e.instance.models), *anything])
+        self.away = {name for entry in entries for name in entry.instance.models} - self.by_model.keys()
+        """Models of instances that are registered but not ready."""
+
+
+class TableReader:
+    """A frontend's half of the table. Reads shared memory, never writes it, never waits."""
+
+    def __init__(
+        self,
+        load: Segment,
+        counters: Segment,
+        stale_after_ns: int,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._segment = load
+        self._counters_segment = counters
+        self.stale_after_ns = stale_after_ns
+        self._clock = clock
+        self._cells = load.cells("cells")
+        version = self._cells[Cell.VERSION : Cell.VERSION + 1]
+        used = self._cells[Cell.USED : Cell.USED + 1]
+        self._rows = RowReader(load.array("sequence"), load.array("values"), version, used)
+        self._live = load.cells("values")
+        self._slots = load.layout.block("sequence").shape[0]
+        self._base = load.array("base")
+        self._blobs = load.bytes("blobs")
+        self.counters = CountersReader(counters)
+        self.snapshot = self._rows.values
+        """(Column, slots) as of the last look."""
+        self.stamp = 0
+        """Rises whenever the snapshot changes."""
+        self._membership = -1
+        self._missed = True
+        self._entries: dict[int, Entry] = {}
+        self._decoded: dict[int, tuple[int, int, Instance]] = {}
+        self._groups: dict[int, _Group] = {}
+        self._refused: set[int] = set()
+        self._window_key = (-1, -1)
+        self._windows: tuple[Vector, ...] = ()
+
+    @classmethod
+    def attach(cls, run_dir: Path, config: Config) -> TableReader:
+        """Map the run's segments, read-only. Raises SegmentError."""
+        load = Segment.attach(run_dir / LOAD, load_layout(config.shm.slots))
+        return cls(load, attach_counters(run_dir, config), int(config.manager.stale_after_secs * 1e9))
+
+    # -- decisions -----------------------------------------------------------------------------------------
+
+    def view(self, role: Role, model: str | None, *, avoid: Collection[int] = ()) -> View:
+        """The candidates for a request, without those in `avoid` unless no others are left.
+
+        Raises NoInstance when no instance of the role (and model) is ready, ModelNotFound when there are ready
+        ones, the models of all are known, and nobody registered serves this one.
+        """
+        self._refresh()
+        group = self._groups.get(role)
+        if group is None:
+            raise NoInstance(f"no {role.name.lower()} instance is ready")
+        candidates = group.every if model is None else group.by_model.get(model, group.anything)
+        if not candidates.entries:
+            _refuse(group, role, model)
+        if self._refused:
+            candidates = candidates.without(self._refused)
+            if not candidates.entries:
+                raise NoInstance(f"no {role.name.lower()} instance is ready any more")
+        if avoid:
+            others = candidates.without(avoid)
+            if others.entries:
+                candidates = others
+        return View(self, candidates, self._clock())
+
+    def is_open(self, slot: int, generation: int) -> bool:
+        """Whether the slot is READY in this generation, in shared memory, now. For `broker.lease.take`."""
+        cells = self._live
+        slots = self._slots
+        return cells[slot] == _READY and cells[slots + slot] == generation  # this order: see broker.lease
+
+    def refuse(self, slot: int) -> None:
+        """Leave the slot out until the table changes: its cells contradict the snapshot.
+
+        Without it a scheduler that was stopped in the middle of this row would make every frontend pick the slot
+        again and again, as the snapshot keeps the row's previous copy.
+        """
+        self._refused.add(slot)
+
+    def live_requests(self, slots: Vector) -> Vector:
+        """Requests in flight at `slots` from all frontends, now."""
+        finished, started, _, _ = self._live_windows()
+        return _difference(finished, started, slots)
+
+    def live_tokens(self, slots: Vector) -> Vector:
+        """Prompt tokens in flight at `slots` from all frontends, now."""
+        _, _, finished, started = self._live_windows()
+        return _difference(finished, started, slots)
+
+    def _live_windows(self) -> tuple[Vector, ...]:
+        key = self.counters.rows, self._cells[Cell.USED]
+        if key != self._window_key:
+            columns = (
+                CounterColumn.FINISHED,
+                CounterColumn.STARTED,
+                CounterColumn.TOKENS_FINISHED,
+                CounterColumn.TOKENS_STARTED,
+            )
+            self._windows = tuple(self.counters.window(column, *key) for column in columns)
+            self._window_key = key
+        return self._windows
+
+    # -- the whole -----------------------------------------------------------------------------------------
+
+    def entries(self) -> list[Entry]:
+        """Every registered instance, sorted by URL."""
+        self._refresh()
+        return sorted(self._entries.values(), key=lambda entry: entry.instance.url)
+
+    def instance(self, slot: int) -> Instance:
+        """The instance in `slot` as of the last view. KeyError when there is none."""
+        return self._entries[slot].instance
+
+    def counted(self, slot: int) -> list[int] | None:
+        """The counters of the instance in `slot` since its generation began, all frontends summed, by CounterColumn.
+
+        None while the scheduler writes the row. For metrics, not for decisions.
+        """
+        base = self._rows.guarded(slot, lambda: self._base[:, slot].tolist())
+        if base is None:
+            return None
+        sums = self.counters.sums(slot)
+        return [total - before for total, before in zip(sums, base, strict=True)]
+
+    @property
+    def epoch(self) -> int:
+        """Which life of the scheduler wrote last."""
+        return self._segment.epoch
+
+    def alive(self, now_ns: int) -> bool:
+        """Whether the scheduler has given a sign of life lately."""
+        beat: int = self._cells[Cell.BEAT_NS]
+        return now_ns - beat < _ALIVE_NS
+
+    @property
+    def ready(self) -> bool:
+        """Whether the configured instances have had their first chance to be registered."""
+        return self._cells[Cell.READY] == 1
+
+    def close(self) -> None:
+        self._segment.close()
+        self._counters_segment.close()
+
+    # -- keeping up ----------------------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        membership = self._cells[Cell.MEMBERSHIP]
+        changed = self._rows.refresh()
+        if changed:
+            self.stamp += 1
+            self._refused.clear()
+        if membership != self._membership or (self._missed and changed):
+            self._select()
+            self._membership = membership
+
+    def _select(self) -> None:
+        """Sort the snapshot's instances into candidates."""
+        self._missed = not self._rows.complete
+        self._entries = {}
+        roles: dict[int, list[Entry]] = {}
+        for entry in self._found():
+            self._entries[entry.slot] = entry
+            roles.setdefault(entry.instance.role, []).append(entry)
+        self._groups = {role: _Group(entries) for role, entries in roles.items()}
+        self._decoded = {slot: kept for slot, kept in self._decoded.items() if slot in self._entries}
+
+    def _found(self) -> Iterator[Entry]:
+        states = self.snapshot[Column.STATE]
+        for slot in np.flatnonzero(np.isin(states, list(HOLDS_INSTANCE))).tolist():
+            generation = int(self.snapshot[Column.GENERATION, slot])
+            instance = self._decode(slot, generation, int(self.snapshot[Column.BLOB_VERSION, slot]))
+            if instance is None:
+                self._missed = True
+            else:
+                yield Entry(slot, generation, State(int(states[slot])), instance)
+
+    def _decode(self, slot: int, generation: int, version: int) -> Instance | None:
+        """The instance of the snapshot's row, or None if it has changed since and there is no earlier decoding."""
+        kept = self._decoded.get(slot)
+        if kept is not None and kept[:2] == (generation, version):
+            return kept[2]
+        blob = self._rows.guarded(slot, lambda: self._read_blob(slot, generation, version))
+        if not blob:
+            return kept[2] if kept is not None and kept[0] == generation else None
+        try:
+            instance = decode(blob)
+        except msgspec.DecodeError:
+            return None
+        self._decoded[slot] = generation, version, instance
+        return instance
+
+    def _read_blob(self, slot: int, generation: int, version: int) -> bytes:
+        cells, slots = self._live, self._slots
+        if (
+            cells[Column.GENERATION * slots + slot] != generation
+            or cells[Column.BLOB_VERSION * slots + slot] != version
+        ):
+            return b""
+        start = slot * MAX_BLOB_BYTES
+        return bytes(self._blobs[start : start + cells[Column.BLOB_BYTES * slots + slot]])
+
+
+def _difference(finished: Vector, started: Vector, slots: Vector) -> Vector:
+    """`started - finished` summed over the frontends. Finished first: see `shm.cells`."""
+    ended = np.add.reduce(finished, 0)
+    begun: Vector = np.add.reduce(started, 0)
+    begun -= ended
+    return begun.take(slots)
+
+
+def _refuse(group: _Group, role: Role, model: str | None) -> NoReturn:
+    what = f"{role.name.lower()} instance"
+    if model is None or not group.every.entries:
+        raise NoInstance(f"no {what} is ready")
+    if model in group.away:
+        raise NoInstance(f"no {what} with the model {model!r} is ready")
+    raise ModelNotFound(f"The model `{model}` does not exist", param="model")
