@@ -203,7 +203,7 @@ class CountersReader:
         """Requests and prompt tokens in flight at `slot`, now; never negative."""
         cells = self._slots[: self.rows, :, slot]
         finished, started, tokens_finished, tokens_started = (
-            int(cells[:, column].sum())
+            int(np.add.reduce(cells[:, column]))
             for column in (
                 CounterColumn.FINISHED,
                 CounterColumn.STARTED,

@@ -19,9 +19,9 @@ What is kept between decisions, and until when:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -52,22 +52,30 @@ class Entry(NamedTuple):
 
 
 class Candidates:
-    """Instances that may serve one kind of request, sorted by URL, with the snapshot's columns over them."""
+    """Slots that may serve one kind of request, sorted by URL, and the snapshot's columns over them."""
 
-    __slots__ = ("_columns", "_report", "_report_until_ns", "_stamp", "entries", "generations", "slots")
+    __slots__ = ("_columns", "_report", "_report_until_ns", "_stamp", "generations", "slots")
 
-    def __init__(self, entries: Collection[Entry]) -> None:
-        self.entries = sorted(entries, key=lambda entry: entry.instance.url)
-        self.slots: NDArray[np.int64] = np.array([entry.slot for entry in self.entries], dtype=np.int64)
+    def __init__(self, slots: Vector, generations: Mapping[int, int]) -> None:
+        self.slots = slots
         self.slots.setflags(write=False)
-        self.generations = {entry.slot: entry.generation for entry in self.entries}
+        self.generations = generations
+        """By slot; may know more slots than are candidates."""
         self._stamp = -1
         self._columns: dict[int, Vector] = {}
         self._report: tuple[Vector, Vector] | None = None
         self._report_until_ns = 0
 
+    @classmethod
+    def of(cls, entries: Collection[Entry]) -> Candidates:
+        slots = np.array([entry.slot for entry in entries], dtype=np.int64)
+        return cls(slots, {entry.slot: entry.generation for entry in entries})
+
     def without(self, slots: Collection[int]) -> Candidates:
-        return Candidates([entry for entry in self.entries if entry.slot not in slots])
+        kept = np.ones(len(self.slots), dtype=np.bool_)
+        for slot in slots:
+            kept &= self.slots != slot
+        return Candidates(self.slots[kept], self.generations)
 
     def column(self, snapshot: Vector, stamp: int, column: int) -> Vector:
         """The cells of `column` over the candidates, kept while `stamp` stands. Read-only."""
@@ -117,7 +125,7 @@ class View:
         self._tokens: Vector | None = None
 
     def __len__(self) -> int:
-        return len(self._candidates.entries)
+        return len(self._candidates.slots)
 
     @property
     def slots(self) -> Vector:
@@ -198,16 +206,34 @@ class _Group:
     """The instances of one role, by model."""
 
     def __init__(self, entries: Collection[Entry]) -> None:
-        ready = [entry for entry in entries if entry.state is State.READY]
-        self.every = Candidates(ready)
-        anything = [entry for entry in ready if not entry.instance.models]
-        self.anything = Candidates(anything)
-        """Those whose models are unknown: candidates for a model that nobody names."""
-        self.by_model: dict[str, Candidates] = {}
-        for name in {name for entry in ready for name in entry.instance.models}:
-            self.by_model[name] = Candidates([*(e for e in ready if name in e.instance.models), *anything])
-        self.away = {name for entry in entries for name in entry.instance.models} - self.by_model.keys()
-        """Models of instances that are registered but not ready."""
+        """`entries` are sorted by URL."""
+        self._ready = [entry for entry in entries if entry.state is State.READY]
+        self._every = Candidates.of(self._ready)
+        self._open = [entry for entry in self._ready if not entry.instance.models]
+        self._named: dict[str, list[Entry]] = {}
+        for entry in self._ready:
+            for name in set(entry.instance.models):
+                self._named.setdefault(name, []).append(entry)
+        self._by_model: dict[str, Candidates] = {}
+        self._unnamed = Candidates.of(self._open)
+        self._away = {name for entry in entries if entry.state is not State.READY for name in entry.instance.models}
+
+    def candidates(self, model: str | None) -> Candidates:
+        """Ready instances that serve `model`, or whose models are unknown. May be empty."""
+        if model is None:
+            return self._every
+        found = self._by_model.get(model)
+        if found is None:
+            named = self._named.get(model)
+            if named is None:
+                return self._unnamed  # not kept by name: clients may ask for any number of names
+            both = sorted([*named, *self._open], key=_url) if self._open else named
+            found = self._by_model[model] = Candidates.of(both)
+        return found
+
+    def serves(self, model: str | None) -> bool:
+        """Whether an answer may be expected later: nothing is ready, or an instance that is away serves the model."""
+        return model is None or not self._ready or model in self._away
 
 
 class TableReader:
@@ -264,16 +290,17 @@ class TableReader:
         group = self._groups.get(role)
         if group is None:
             raise NoInstance(f"no {role.name.lower()} instance is ready")
-        candidates = group.every if model is None else group.by_model.get(model, group.anything)
-        if not candidates.entries:
-            _refuse(group, role, model)
+        candidates = group.candidates(model)
+        if not len(candidates.slots) and not group.serves(model):
+            raise ModelNotFound(f"The model `{model}` does not exist", param="model")
         if self._refused:
             candidates = candidates.without(self._refused)
-            if not candidates.entries:
-                raise NoInstance(f"no {role.name.lower()} instance is ready any more")
+        if not len(candidates.slots):
+            which = "" if model is None else f" with the model {model!r}"
+            raise NoInstance(f"no {role.name.lower()} instance{which} is ready")
         if avoid:
             others = candidates.without(avoid)
-            if others.entries:
+            if len(others.slots):
                 candidates = others
         return View(self, candidates, self._clock())
 
@@ -319,22 +346,34 @@ class TableReader:
     def entries(self) -> list[Entry]:
         """Every registered instance, sorted by URL."""
         self._refresh()
-        return sorted(self._entries.values(), key=lambda entry: entry.instance.url)
+        return list(self._entries.values())
 
     def instance(self, slot: int) -> Instance:
         """The instance in `slot` as of the last view. KeyError when there is none."""
         return self._entries[slot].instance
 
-    def counted(self, slot: int) -> list[int] | None:
-        """The counters of the instance in `slot` since its generation began, all frontends summed, by CounterColumn.
+    def counted(self, entry: Entry) -> list[int] | None:
+        """The counters of an instance since its generation began, all frontends summed, by CounterColumn.
 
-        None while the scheduler writes the row. For metrics, not for decisions.
+        What was withdrawn is left out of STARTED and FINISHED. None when the slot is another's by now, or its row
+        is just being written. For metrics, not for decisions.
         """
-        base = self._rows.guarded(slot, lambda: self._base[:, slot].tolist())
-        if base is None:
+        slot = entry.slot
+        base = self._rows.guarded(slot, lambda: self._read_base(slot, entry.generation))
+        if not base:
             return None
-        sums = self.counters.sums(slot)
-        return [total - before for total, before in zip(sums, base, strict=True)]
+        counts = [total - before for total, before in zip(self.counters.sums(slot), base, strict=True)]
+        for column in (CounterColumn.STARTED, CounterColumn.FINISHED):
+            counts[column] -= counts[CounterColumn.WITHDRAWN]
+        for column in (CounterColumn.TOKENS_STARTED, CounterColumn.TOKENS_FINISHED):
+            counts[column] -= counts[CounterColumn.TOKENS_WITHDRAWN]
+        return counts
+
+    def _read_base(self, slot: int, generation: int) -> list[int]:
+        if self._live[Column.GENERATION * self._slots + slot] != generation:
+            return []
+        base: list[int] = self._base[:, slot].tolist()
+        return base
 
     @property
     def epoch(self) -> int:
@@ -372,7 +411,7 @@ class TableReader:
         self._missed = not self._rows.complete
         self._entries = {}
         roles: dict[int, list[Entry]] = {}
-        for entry in self._found():
+        for entry in sorted(self._found(), key=_url):
             self._entries[entry.slot] = entry
             roles.setdefault(entry.instance.role, []).append(entry)
         self._groups = {role: _Group(entries) for role, entries in roles.items()}
@@ -422,10 +461,5 @@ def _difference(finished: Vector, started: Vector, slots: Vector) -> Vector:
     return begun.take(slots)
 
 
-def _refuse(group: _Group, role: Role, model: str | None) -> NoReturn:
-    what = f"{role.name.lower()} instance"
-    if model is None or not group.every.entries:
-        raise NoInstance(f"no {what} is ready")
-    if model in group.away:
-        raise NoInstance(f"no {what} with the model {model!r} is ready")
-    raise ModelNotFound(f"The model `{model}` does not exist", param="model")
+def _url(entry: Entry) -> str:
+    return entry.instance.url
