@@ -1,0 +1,9 @@
+"""What runs on the engine's side: the SDK for native engines, and the simulated engine (`broker.worker.sim`)."""
+
+from broker.worker.answer import Answer, Finish
+from broker.worker.engine import Call, Engine, Runner
+from broker.worker.link import Load
+from broker.worker.request import EngineError, Request
+from broker.worker.serve import serve, serve_async
+
+__all__ = ["Answer", "Call", "Engine", "EngineError", "Finish", "Load", "Request", "Runner", "serve", "serve_async"]
