@@ -75,9 +75,9 @@ def least(scores: NDArray[np.int64] | NDArray[np.float64], rng: Random) -> int:
 
     Never "the first": idle instances tie at 0, and then all of a light load went to one of them.
 
-    Measured per call at 8 / 1,024 candidates (benchmarks/test_policies.py): this 1.9 / 1.5 us, with ties 2.3 / 2.5;
-    `flatnonzero(s == s.min())` 4.4 / 3.6, spent in numpy's Python wrappers; a Python list 0.8 / 37; `argmin` alone
-    0.3. `argmin` from a random place on would save the comparison, but is not fair: of two ties side by side one would
+    Measured per call at 8 / 1,024 candidates (benchmarks/test_policies.py): this 1.3 / 1.7 us, all equal 1.4 / 2.2;
+    `flatnonzero(s == s.min())` 2.7 / 3.2, spent in numpy's Python wrappers; a Python list 0.8 / 34; `argmin` alone
+    0.4. `argmin` from a random place on would save the comparison, but is not fair: of two ties side by side one would
     get all but 1/n of the choices.
     """
     first = scores.argmin()

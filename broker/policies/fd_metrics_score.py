@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from broker.policies.base import Loads, Options, Vector, least
 from broker.types import RouteRequest, Trust
 
+_STALE = int(Trust.STALE)
+
 
 class FdMetricsScore:
     """Smallest `running + waiting-weight x waiting`, over the live requests of all frontends.
@@ -37,5 +39,6 @@ def score(requests: Vector, view: Loads, weight: float) -> NDArray[np.int64] | N
     if weight == 1.0:
         return requests
     waiting = np.minimum(view.waiting, requests)
-    waiting[(waiting < 0) | (view.trust == Trust.STALE)] = 0
+    np.maximum(waiting, 0, out=waiting)  # -1 is unknown
+    waiting *= view.trust != _STALE  # half the time of assigning 0 through a mask
     return requests + (weight - 1.0) * waiting
