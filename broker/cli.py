@@ -22,7 +22,7 @@ SIM_AUTO = 3
 F = TypeVar("F", bound=Callable[..., object])
 
 
-class SimCount(click.ParamType):
+class SimCount(click.ParamType[int | str]):
     name = "N|auto"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int | str:

@@ -28,9 +28,9 @@ from pathlib import Path
 
 from broker import banner, config, log
 from broker.config import Config
-from broker.counters import Counters
+from broker.counters import Roster, create_counters
 from broker.errors import ConfigError, PenstockError
-from broker.table import create_load_segment
+from broker.table import create_table
 from shm import fence
 from shm.rundir import RunDirectory, RunDirectoryError, remove_stale
 from shm.segment import SegmentError
@@ -82,11 +82,15 @@ class Child:
         self._ready_fd = -1
 
     def __repr__(self) -> str:
-        pid = self.process.pid if self.process else None
-        return f"Child({self.name!r}, pid={pid}, life={self.life}, ready={self.ready})"
+        return f"Child({self.name!r}, pid={self.pid}, life={self.life}, ready={self.ready})"
 
-    def start(self, inherited: Sequence[int], now: float) -> None:
-        self.life += 1
+    @property
+    def pid(self) -> int:
+        """0 while there is no process."""
+        return self.process.pid if self.process else 0
+
+    def start(self, life: int, inherited: Sequence[int], now: float) -> None:
+        self.life = life
         self.ready, self.start_at, self.started_at = False, None, now
         self._ready_fd, theirs = os.pipe()
         try:
@@ -146,7 +150,7 @@ class Supervisor:
             self._listener = stack.enter_context(listening_socket(self._config))
             stack.enter_context(self._catching_signals())
             self._run_dir = stack.enter_context(run_directory(self._config))
-            self._counters = make_segments(self._run_dir.path, self._config)
+            self._roster = make_segments(self._run_dir.path, self._config)
             self._alive_fd, alive_end = os.pipe()
             stack.callback(os.close, alive_end)
             stack.callback(os.close, self._alive_fd)
@@ -189,12 +193,12 @@ class Supervisor:
         if child not in self._children:
             self._children.append(child)
         assert self._listener is not None
-        inherited = [self._alive_fd]
-        if child.row is not None:
-            inherited.append(self._listener.fileno())
-        child.start(inherited, time.monotonic())
-        if child.row is not None and child.process is not None:
-            self._counters.enter(child.row, child.process.pid, child.life)
+        if child.row is None:
+            child.start(child.life + 1, [self._alive_fd], time.monotonic())
+        else:
+            life = self._roster.enter(child.row)
+            child.start(life, [self._alive_fd, self._listener.fileno()], time.monotonic())
+            self._roster.started(child.row, child.pid)
         self._selector.register(child.ready_fd, selectors.EVENT_READ, child)
 
     def _scheduler(self) -> Child:
@@ -269,8 +273,7 @@ class Supervisor:
                 self._selector.unregister(fd)
             if child.row is not None:
                 # Only now: the process is reaped, nobody writes the row, and its replacement is not started.
-                abandoned = self._counters.settle(child.row)
-                self._counters.leave(child.row)
+                abandoned = self._roster.settle(child.row)
                 if abandoned:
                     logger.warning("%s left %d requests behind", child.name, abandoned)
             if child.leaving:
@@ -391,15 +394,15 @@ def run_directory(settings: Config) -> Iterator[RunDirectory]:
         yield directory
 
 
-def make_segments(path: Path, settings: Config) -> Counters:
-    """The shared memory of the run, and the supervisor's handle on the counters. Raises `StartError`."""
+def make_segments(path: Path, settings: Config) -> Roster:
+    """The shared memory of the run, and the supervisor's part in it. Raises `StartError`."""
     try:
-        create_load_segment(path, settings.shm)
-        counters = Counters.create(path, settings.shm)
+        create_table(path, settings)
+        counters = create_counters(path, settings)
     except SegmentError as e:
         raise StartError(f"shm.dir: {e}") from e
     (path / "config.json").write_bytes(config.dump(settings))
-    return counters
+    return Roster(counters)
 
 
 def serve(settings: Config, simulated: int = 0) -> int:
