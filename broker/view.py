@@ -273,10 +273,11 @@ class TableReader:
         self._windows: tuple[Vector, ...] = ()
 
     @classmethod
-    def attach(cls, run_dir: Path, config: Config) -> TableReader:
-        """Map the run's segments, read-only. Raises SegmentError."""
+    def attach(cls, run_dir: Path, config: Config, clock: Callable[[], int] = time.monotonic_ns) -> TableReader:
+        """Map the run's segments, read-only. `clock` is CLOCK_MONOTONIC in ns. Raises SegmentError."""
         load = Segment.attach(run_dir / LOAD, load_layout(config.shm.slots))
-        return cls(load, attach_counters(run_dir, config), int(config.manager.stale_after_secs * 1e9))
+        stale_after_ns = int(config.manager.stale_after_secs * 1e9)
+        return cls(load, attach_counters(run_dir, config), stale_after_ns, clock)
 
     # -- decisions -----------------------------------------------------------------------------------------
 

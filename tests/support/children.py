@@ -1,0 +1,46 @@
+"""Real processes for tests: started from a clean server process, never left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+# Not "fork": the test process may have threads. Not "spawn": importing numpy anew takes each child a third of a second.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["numpy", "broker.view", "broker.lease", "shm.rundir"])
+
+
+@contextmanager
+def child(target: Callable[..., None], *arguments: Any) -> Iterator[BaseProcess]:
+    """`target(*arguments)` in a process of its own. At the end it has left by itself with 0, or was killed by us."""
+    process = _processes.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        alive = process.is_alive()
+        if alive and process.pid is not None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert alive or process.exitcode in (0, -signal.SIGKILL), f"{target.__name__} ended with {process.exitcode}"
+
+
+def kill(process: BaseProcess) -> None:
+    """kill -9, and reaped."""
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def until(condition: Callable[[], bool], what: str, within: float = 30.0) -> None:
+    """Poll for `condition`; fails the test with `what` when the deadline passes."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within} s: {what}"
+        time.sleep(0.001)
