@@ -1,0 +1,1 @@
+"""What only the scheduler process runs. `process.py` is its shell; the rest decides."""

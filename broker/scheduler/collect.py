@@ -1,0 +1,171 @@
+"""Asking engines over HTTP: health, kind, models, load. The answers are judged elsewhere (`broker.engines`).
+
+Engine traffic uses no proxy from the environment, follows no redirect, and reads no more than it needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Hashable
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+import zmq
+
+from broker.config import Manager
+from broker.engines import DIALECTS, Evidence, recognise
+from broker.engines.base import METRICS_PATH, MODELS_PATH
+from broker.errors import Unhealthy
+from broker.scheduler.native import ask_incarnation
+from broker.scheduler.registration import Registration
+from broker.types import EngineKind, Instance, LoadReport
+
+logger = logging.getLogger("scheduler")
+
+MAX_METRICS_BYTES = 8 * 1024 * 1024
+MAX_ANSWER_BYTES = 1024 * 1024
+CONNECTIONS = 256
+"""To all engines together."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    status: int
+    body: bytes
+
+
+class Collector:
+    """One HTTP session for all questions. Use as an async context manager."""
+
+    def __init__(self, manager: Manager, context: zmq.Context[Any]) -> None:
+        self._manager = manager
+        self._context = context
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Collector:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=CONNECTIONS),
+            timeout=aiohttp.ClientTimeout(total=self._manager.health_check_timeout_secs),
+            headers={"User-Agent": "penstock", "Accept-Encoding": "identity"},
+            auto_decompress=False,
+            trust_env=False,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def join(self, registration: Registration) -> Instance:
+        """Probes a newcomer and finds out what its registration leaves open. Raises `Unhealthy`.
+
+        It must pass as many health checks in a row as one that comes back.
+        """
+        instance = registration.instance
+        if instance.is_native:
+            return await self._join_native(instance)
+        endpoint = self._manager.health_check_endpoint
+        answers: dict[str, bytes] = {}
+        kind = registration.engine
+        if kind is None or not instance.models:
+            answers |= await self._ask(instance.url, MODELS_PATH)
+        if kind is None:
+            metrics = await self._get(instance.metrics_url, MAX_METRICS_BYTES)
+            if metrics is not None and metrics.status == 200:
+                answers[METRICS_PATH] = metrics.body
+            kind = recognise(Evidence(answers))
+            if registration.smells_of_fastdeploy and kind in (None, EngineKind.OPENAI):
+                kind = EngineKind.FASTDEPLOY
+        kind = kind or EngineKind.OPENAI
+        for path in DIALECTS[kind].join_paths:
+            answers |= await self._ask(instance.url, path)
+        evidence = Evidence(answers)
+        host = urlsplit(instance.url).hostname or ""
+        publishes = DIALECTS[kind].publishes(evidence, f"[{host}]" if ":" in host else host)
+        instance = registration.joined(kind, evidence.models(), publishes)
+        for _ in range(self._manager.health_success_threshold):
+            if not await self.is_healthy(instance):
+                raise Unhealthy(f"{instance.url} is not healthy: {endpoint} does not answer 200")
+        return instance
+
+    async def is_healthy(self, instance: Instance) -> bool:
+        """One health check: status 200, exactly."""
+        answer = await self._get(instance.url + self._manager.health_check_endpoint)
+        if answer is not None and answer.status == 404 and instance.engine is EngineKind.OPENAI:
+            # A server of unknown make need not have the endpoint; the engines we know do, and use 404 for trouble.
+            answer = await self._get(instance.url + MODELS_PATH)
+        return answer is not None and answer.status == 200
+
+    async def incarnation(self, instance: Instance) -> bytes | None:
+        """Who answers at a native engine's endpoint; None = nobody."""
+        return await ask_incarnation(self._context, instance.url, self._manager.health_check_timeout_secs)
+
+    async def models(self, instance: Instance) -> tuple[str, ...]:
+        """The names it lists now; empty = it did not say."""
+        return Evidence(await self._ask(instance.url, MODELS_PATH)).models()
+
+    async def load(self, instance: Instance) -> LoadReport | None:
+        """Its load by `/metrics`; None = no answer, or no load in it."""
+        answer = await self._get(instance.metrics_url, MAX_METRICS_BYTES)
+        if answer is None or answer.status != 200:
+            return None
+        return DIALECTS[instance.engine].report(answer.body)
+
+    async def _join_native(self, instance: Instance) -> Instance:
+        incarnation = await self.incarnation(instance)
+        if incarnation is None:
+            raise Unhealthy(f"{instance.url} is not healthy: no native engine answers there")
+        return msgspec.structs.replace(instance, incarnation=incarnation)
+
+    async def _ask(self, url: str, path: str) -> dict[str, bytes]:
+        answer = await self._get(url + path)
+        return {path: answer.body} if answer is not None and answer.status == 200 else {}
+
+    async def _get(self, url: str, limit: int = MAX_ANSWER_BYTES) -> Answer | None:
+        """None = no whole answer in time, or one longer than `limit`."""
+        assert self._session is not None, "used outside its context"
+        try:
+            async with self._session.get(url, allow_redirects=False) as response:
+                body = bytearray()
+                async for chunk in response.content.iter_any():
+                    body += chunk
+                    if len(body) > limit:
+                        return None
+                return Answer(response.status, bytes(body))
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
+            logger.debug("no answer from %s: %r", url, e)
+            return None
+
+
+class Errands:
+    """Running questions, at most one per key. The owner closes it, which ends them."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[Hashable, asyncio.Task[None]] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, key: Hashable, errand: Coroutine[Any, Any, None]) -> None:
+        """Runs it, unless the last one of that key still does: a slow engine is not asked twice at once."""
+        if key in self._tasks:
+            errand.close()
+            return
+        self._tasks[key] = task = asyncio.get_running_loop().create_task(errand)
+        task.add_done_callback(lambda done: self._done(key, done))
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _done(self, key: Hashable, task: asyncio.Task[None]) -> None:
+        del self._tasks[key]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("failed while at %s", key, exc_info=error)

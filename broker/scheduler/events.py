@@ -1,0 +1,169 @@
+"""Load that engines publish: one SUB that native engines connect to, one SUB per SGLang instance that connects to it.
+
+Every message is `[b"load", 8-byte big-endian sequence, payload]`. A drain may bring many messages of one instance;
+of those only the newest matters, and it is applied once, after the drain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import msgspec
+import zmq
+
+from broker import wire
+from broker.engines import native, sglang
+from broker.errors import WireError
+from broker.scheduler.tally import Event, Tally
+from broker.types import LoadReport, Trust
+from broker.worker.port import Frames, Port
+
+logger = logging.getLogger("scheduler")
+
+SUBSCRIBER_HWM = 4096
+MOST_PUBLISHERS = 8192
+"""Whose last sequence is remembered; the longest silent is forgotten first."""
+
+Source = str | bytes
+"""Who a report is of: the URL of an instance that was connected to, the incarnation of a native engine."""
+
+_payload = msgspec.msgpack.Decoder(wire.Load | sglang.LoadStat)
+
+
+class Inbox:
+    """The newest report per source, and what the sequences tell of lost ones. Pure."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[Source, int], int] = {}
+        self._ranks: dict[Source, dict[int, sglang.LoadStat]] = {}
+        self._newest: dict[Source, LoadReport] = {}
+        self.missed = 0
+        """Messages that were sent and never came."""
+
+    def hear(self, frames: Frames, url: str | None) -> None:
+        """One message; `url` = whose publisher it was read from, None = from the common socket.
+
+        Raises WireError on anything else than a load message.
+        """
+        if len(frames) != 3 or frames[0] != wire.LOAD_TOPIC or len(frames[1]) != 8:
+            raise WireError("not a load message: its frames are the topic, 8 bytes of sequence, the load")
+        load = wire.decode(_payload, frames[2])
+        sequence = int.from_bytes(frames[1], "big")
+        if isinstance(load, wire.Load):
+            if len(load.incarnation) != wire.INCARNATION_BYTES:
+                raise WireError("a load message without a valid incarnation")
+            gap = self._gap((load.incarnation, 0), sequence)
+            self._keep(load.incarnation, native.load_report(load), gap)
+        elif url is None:
+            raise WireError("SGLang's LoadStat names no instance: it is read where its `load_endpoint` says")
+        else:
+            gap = self._gap((url, load.rank), sequence)
+            ranks = self._ranks.setdefault(url, {})
+            if load.rank in ranks or len(ranks) < sglang.MOST_RANKS:
+                ranks[load.rank] = load
+            self._keep(url, sglang.load_report(ranks.values()), gap)
+
+    def take(self) -> dict[Source, LoadReport]:
+        """The newest report of each source since the last call."""
+        newest, self._newest = self._newest, {}
+        return newest
+
+    def forget(self, url: str) -> None:
+        """An instance is no longer followed."""
+        for rank in self._ranks.pop(url, {}):
+            self._last.pop((url, rank), None)
+        self._newest.pop(url, None)
+
+    def _keep(self, source: Source, report: LoadReport, gap: int) -> None:
+        if gap:
+            self.missed += gap
+            report = msgspec.structs.replace(report, trust=Trust.APPROX)
+        self._newest[source] = report
+
+    def _gap(self, publisher: tuple[Source, int], sequence: int) -> int:
+        """How many messages are missing before this one. A number not above the last is a restarted publisher."""
+        last = self._last.pop(publisher, None)
+        self._last[publisher] = sequence  # popped and stored again: the order of the dict is that of last use
+        if last is None:
+            if len(self._last) > MOST_PUBLISHERS:
+                del self._last[next(iter(self._last))]
+            return 0
+        return max(0, sequence - last - 1)
+
+
+class LoadFeed:
+    """The SUB sockets. `apply` gets the newest reports after each drain."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: zmq.Context[Any],
+        tally: Tally,
+        apply: Callable[[dict[Source, LoadReport]], None],
+    ) -> None:
+        self._loop = loop
+        self._context = context
+        self._tally = tally
+        self._apply = apply
+        self._inbox = Inbox()
+        self._pending = False
+        self._common: Port | None = None
+        self._followed: dict[str, tuple[str, Port]] = {}  # url -> (endpoints, its socket)
+
+    def bind(self, endpoints: Iterable[str]) -> None:
+        """Opens the common socket. Raises zmq.ZMQError."""
+        socket = self._subscriber()
+        self._common = Port(self._loop, socket, partial(self._hear, url=None))
+        for endpoint in endpoints:
+            socket.bind(endpoint)
+
+    def follow(self, wanted: dict[str, str]) -> None:
+        """Connects to exactly these: url -> comma-separated endpoints. Cheap when nothing changed."""
+        for url in [u for u, (endpoints, _) in self._followed.items() if wanted.get(u) != endpoints]:
+            self._followed.pop(url)[1].close()
+            self._inbox.forget(url)
+        for url, endpoints in wanted.items():
+            if url not in self._followed:
+                socket = self._subscriber()
+                port = Port(self._loop, socket, partial(self._hear, url=url))
+                self._followed[url] = endpoints, port
+                for endpoint in endpoints.split(","):
+                    try:
+                        socket.connect(endpoint)
+                    except zmq.ZMQError as e:
+                        logger.warning("%s: cannot follow its load at %s: %s", url, endpoint, e)
+
+    def close(self) -> None:
+        self.follow({})
+        if self._common is not None:
+            self._common.close()
+
+    def _subscriber(self) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVHWM, SUBSCRIBER_HWM)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_CONTROL_BYTES)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.SUBSCRIBE, wire.LOAD_TOPIC)
+        return socket
+
+    def _hear(self, frames: Frames, url: str | None) -> None:
+        try:
+            self._inbox.hear(frames, url)
+        except WireError as e:
+            self._tally.dropped("load", url or "of the common socket", e)
+            return
+        if not self._pending:
+            self._pending = True
+            self._loop.call_soon(self._deliver)  # behind the drain that is going on
+
+    def _deliver(self) -> None:
+        self._pending = False
+        if self._inbox.missed:
+            self._tally.add(Event.LOADS_MISSED, self._inbox.missed)
+            self._inbox.missed = 0
+        self._apply(self._inbox.take())

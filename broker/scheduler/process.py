@@ -1,0 +1,224 @@
+"""The scheduler process: sockets and timers in, decisions of `Registry`, memory and replies out. One event loop.
+
+    control.sock  ROUTER  frontends    FrontendHello, Register, Drain
+    engines.sock  ROUTER  engines      EngineHello, EngineBeat, EngineGoodbye
+    load.sock     SUB     engines      Load
+    HTTP client           engines      health, models, /metrics
+
+Nothing waits on a peer: sends do not block, questions run as tasks, and a frame that makes no sense is counted and
+dropped. What a frontend needs while this process is away lies in shared memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from broker import wire
+from broker.config import Config
+from broker.errors import WireError
+from broker.scheduler.collect import Collector
+from broker.scheduler.events import LoadFeed, Source
+from broker.scheduler.registrar import Registrar, answer
+from broker.scheduler.registry import Registry
+from broker.scheduler.tally import Event, Tally
+from broker.scheduler.watch import Watch
+from broker.table import BEAT_S, TableWriter
+from broker.types import LoadReport
+from broker.worker.port import Frames, Port
+
+logger = logging.getLogger("scheduler")
+
+CONTROL_SOCKET, ENGINES_SOCKET, LOAD_SOCKET = "control.sock", "engines.sock", "load.sock"
+"""Names in the run directory."""
+
+MAX_FRAME_BYTES = 4 * wire.MAX_CONTROL_BYTES
+"""A peer that sends more is cut off by ZMQ; between `wire.MAX_CONTROL_BYTES` and this it is counted and named."""
+HWM = 4096
+RECLAIM_EVERY = 4
+"""Beats."""
+
+
+class Scheduler:
+    """Owner of the sockets, the registry and the table. Everything runs on the loop's thread."""
+
+    def __init__(self, run_dir: Path, config: Config, table: TableWriter) -> None:
+        """Takes the table over. Called with the loop running."""
+        self._run_dir = run_dir
+        self._engine_binds = config.engines
+        self._table = table
+        self._config = config
+        self._loop = asyncio.get_running_loop()
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._tally = Tally()
+        self._registry = Registry(table, config, time.monotonic_ns())
+        self._followed_changes = -1
+        self._feed = LoadFeed(self._loop, self._context, self._tally, self._apply)
+        self._answering: set[asyncio.Task[None]] = set()
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Serves until `stop`. `ready()` when the configured instances have had their first chance."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._context.term)
+            self._open(stack)
+            collector = await stack.enter_async_context(Collector(self._config.manager, self._context))
+            self._watch = Watch(self._registry, collector, self._tally, self._config.manager)
+            stack.push_async_callback(self._watch.close)
+            self._registrar = Registrar(self._registry, collector, self._tally, self._config)
+            stack.push_async_callback(self._end_answers)
+            async with (
+                asyncio.TaskGroup() as tasks
+            ):  # one that fails ends the process: better a restart than half a one
+                running = [
+                    tasks.create_task(self._beat()),
+                    tasks.create_task(self._registrar.configured(partial(self._mark_ready, ready))),
+                ]
+                await self._stopping.wait()
+                for task in running:
+                    task.cancel()
+
+    # -- sockets -----------------------------------------------------------------------------------------------
+
+    def _open(self, stack: contextlib.AsyncExitStack) -> None:
+        """Binds everything; what is already waiting there is read in the loop's next turn."""
+        stack.callback(self._feed.close)
+        self._frontends = self._router(CONTROL_SOCKET, "", self._from_frontend)
+        stack.callback(self._frontends.close)
+        self._engines = self._router(ENGINES_SOCKET, self._engine_binds.control_bind, self._from_engine)
+        stack.callback(self._engines.close)
+        self._feed.bind([self._ipc(LOAD_SOCKET), *filter(None, [self._engine_binds.load_bind])])
+
+    def _router(self, name: str, bind: str, handle: Callable[[bytes, bytes], None]) -> Port:
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, HWM)
+        socket.setsockopt(zmq.RCVHWM, HWM)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error here, not a silent drop
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that comes back under its own name is the same peer
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.bind(self._ipc(name))
+        if bind:
+            socket.bind(bind)
+        return Port(self._loop, socket, partial(self._receive, name, handle))
+
+    def _ipc(self, name: str) -> str:
+        path = self._run_dir / name
+        path.unlink(missing_ok=True)  # left by a killed scheduler
+        return f"ipc://{path}"
+
+    def _receive(self, name: str, handle: Callable[[bytes, bytes], None], frames: Frames) -> None:
+        peer = frames[0]
+        try:
+            if len(frames) != 2:
+                raise WireError(f"{len(frames) - 1} frames where one belongs")
+            handle(peer, frames[1])
+        except WireError as e:
+            self._tally.dropped(name, peer, e)
+        except Exception:  # one peer's message must not end the drain of everybody's
+            logger.exception("%s: failed on a message of peer %s", name, peer.hex())
+
+    def _send(self, port: Port, peer: bytes, message: wire.SchedulerToFrontend | wire.SchedulerToEngine) -> None:
+        try:
+            port.send([peer, wire.encode(message)])
+        except zmq.ZMQError as e:  # Again: it takes no more; EHOSTUNREACH: it is gone. Both say their piece again.
+            self._tally.add(Event.REPLIES_DROPPED)
+            logger.debug("no reply to peer %s: %s", peer.hex(), e)
+
+    # -- frontends ---------------------------------------------------------------------------------------------
+
+    def _from_frontend(self, peer: bytes, frame: bytes) -> None:
+        match wire.decode(wire.from_frontend, frame, MAX_FRAME_BYTES):
+            case wire.FrontendHello():
+                self._send(self._frontends, peer, wire.Welcome(self._table.epoch))
+            case wire.Register(call=call, body=body):
+                task = self._loop.create_task(self._register(peer, call, body))
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
+            case wire.Drain(call=call, url=url, resume=resume):
+                member = self._registry.drain(url, resume)
+                if member is None:
+                    status, answer_body = answer(404, f"{url} is not registered")
+                else:
+                    logger.info("%s is %s", url, member.state.name)
+                    status, answer_body = answer(200, "success", url=url, state=member.state.name.lower())
+                self._send(self._frontends, peer, wire.Reply(call, status, answer_body))
+
+    async def _register(self, peer: bytes, call: int, body: bytes) -> None:
+        status, answer_body = await self._registrar.answer(body)
+        self._send(self._frontends, peer, wire.Reply(call, status, answer_body))
+
+    async def _end_answers(self) -> None:
+        for task in list(self._answering):
+            task.cancel()
+        await asyncio.gather(*self._answering, return_exceptions=True)
+
+    # -- engines -----------------------------------------------------------------------------------------------
+
+    def _from_engine(self, peer: bytes, frame: bytes) -> None:
+        now = time.monotonic_ns()
+        match wire.decode(wire.from_engine, frame):
+            case wire.EngineBeat() as beat:
+                self._send(self._engines, peer, self._registry.beat(beat, now))
+            case wire.EngineHello() as hello:
+                changes = self._registry.changes
+                verdict = self._registry.hello(hello, now)
+                self._send(self._engines, peer, verdict)
+                if isinstance(verdict, wire.Refused):
+                    self._tally.add(Event.REGISTRATIONS_REFUSED)
+                    if self._tally.first(("refused", hello.incarnation)):
+                        logger.warning("refused %s: %s", hello.endpoint[:200], verdict.reason)
+                else:
+                    self._tally.add(Event.REGISTRATIONS)
+                    if changes != self._registry.changes:
+                        logger.info("registered %s: native %s %s", hello.endpoint, hello.role.name, hello.models)
+            case wire.EngineGoodbye(incarnation=incarnation):
+                if self._registry.goodbye(incarnation, now):
+                    logger.info("engine %s said goodbye", incarnation.hex())
+
+    def _apply(self, newest: dict[Source, LoadReport]) -> None:
+        now = time.monotonic_ns()
+        for source, report in newest.items():
+            if isinstance(source, str):
+                known = self._registry.load(source, report, now)
+            else:
+                known = self._registry.native_load(source, report, now)
+            if not known:
+                self._tally.add(Event.LOADS_DROPPED)
+
+    # -- time --------------------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        beats = 0
+        while True:
+            now = time.monotonic_ns()
+            self._table.beat(now)
+            for member in self._registry.tick(now):
+                logger.warning("%s fell silent", member.instance.url)
+            if beats % RECLAIM_EVERY == 0:
+                self._table.reclaim(now)
+            if self._followed_changes != self._registry.changes:
+                self._followed_changes = self._registry.changes
+                self._feed.follow(
+                    {m.instance.url: m.instance.load_endpoint for m in self._registry if m.instance.load_endpoint}
+                )
+            self._watch.turn(now)
+            beats += 1
+            await asyncio.sleep(BEAT_S)
+
+    def _mark_ready(self, ready: Callable[[], None]) -> None:
+        self._table.mark_ready()
+        logger.info("ready: epoch %d, %d instances", self._table.epoch, len(self._registry))
+        ready()

@@ -1,0 +1,84 @@
+"""Questions that come due: health checks, models, `/metrics`. Starts them, hands their answers to the registry."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import msgspec
+
+from broker.config import Manager
+from broker.errors import PenstockError
+from broker.scheduler.collect import Collector, Errands
+from broker.scheduler.registry import SECOND_NS, Member, Registry
+from broker.scheduler.tally import Event, Tally
+from broker.types import Instance
+
+logger = logging.getLogger("scheduler")
+
+MODELS_EVERY = 6
+"""Models that were found by asking are asked for again with every so many-th health check (adapters come and go)."""
+
+
+class Watch:
+    """Owner of the running questions; `close` ends them."""
+
+    def __init__(self, registry: Registry, collector: Collector, tally: Tally, manager: Manager) -> None:
+        self._registry = registry
+        self._collector = collector
+        self._tally = tally
+        self._poll_ns = int(manager.metrics_interval_secs * SECOND_NS)
+        self._next_poll_ns = 0
+        self._errands = Errands()
+
+    def turn(self, now_ns: int) -> None:
+        """Starts what is due; an engine that still owes the last answer is not asked again."""
+        for member in self._registry.due(now_ns):
+            self._errands.start(("health of", member.instance.url), self._check(member))
+        if now_ns >= self._next_poll_ns:
+            self._next_poll_ns = max(self._next_poll_ns + self._poll_ns, now_ns)
+            for member in self._registry:
+                if member.instance.metrics_url:
+                    self._errands.start(("load of", member.instance.url), self._poll(member))
+
+    async def close(self) -> None:
+        await self._errands.close()
+
+    async def _check(self, member: Member) -> None:
+        instance = member.instance
+        if instance.is_native:
+            incarnation = await self._collector.incarnation(instance)
+            healthy = incarnation == instance.incarnation
+            if incarnation is not None and not healthy:
+                self._renew(member, msgspec.structs.replace(instance, incarnation=incarnation))
+                return
+        else:
+            healthy = await self._collector.is_healthy(instance)
+        if not healthy:
+            self._tally.add(Event.HEALTH_CHECKS_FAILED)
+        changed = self._registry.probed(member, healthy, time.monotonic_ns())
+        if changed:
+            logger.warning("%s is %s", instance.url, member.state.name)
+        member.checks += 1
+        if healthy and member.asks_models and (changed or member.checks % MODELS_EVERY == 0):
+            models = await self._collector.models(instance)
+            if models and models != member.instance.models:
+                self._renew(member, msgspec.structs.replace(member.instance, models=models))
+
+    async def _poll(self, member: Member) -> None:
+        report = await self._collector.load(member.instance)
+        if report is None:
+            self._tally.add(Event.POLLS_FAILED)
+        elif self._is_member(member):
+            self._registry.load(member.instance.url, report, time.monotonic_ns())
+
+    def _renew(self, member: Member, instance: Instance) -> None:
+        if self._is_member(member):
+            try:
+                self._registry.register(instance, time.monotonic_ns(), asks_models=member.asks_models)
+            except PenstockError as e:
+                logger.error("%s: %s", member.instance.url, e.message)
+
+    def _is_member(self, member: Member) -> bool:
+        """It is still the one that was asked about: others may have come to its URL meanwhile."""
+        return self._registry.get(member.instance.url) is member
