@@ -157,6 +157,10 @@ class Engine:
         """False takes the engine out of the choice from its next beat on, until it is true again."""
         self._link.set_ready(ready)
 
+    def set_publishing(self, publishing: bool) -> None:
+        """False keeps the load to ourselves (for tests of Penstock: a real engine has no reason to)."""
+        self._link.publishing = publishing
+
     async def stop(self, drain_s: float = 0.0) -> None:
         """Says goodbye, lets what runs go on for `drain_s`, ends the rest with ERROR 503, and closes everything."""
         self._leaving = True

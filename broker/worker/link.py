@@ -49,6 +49,8 @@ class Link:
         load: Callable[[], Load],
     ) -> None:
         self.foreign_frames = 0
+        self.publishing = True
+        """False: the load is not published."""
         self._loop = loop
         self._context = context
         self._router = router
@@ -177,6 +179,8 @@ class Link:
             self._load_timer.cancel()
             self._load_timer = None
         load, now = self._load(), time.monotonic()
+        if not self.publishing:
+            return
         if load == self._load_sent and now - self._load_sent_at < LOAD_AT_LEAST_EVERY_S:
             return
         self._load_sent, self._load_sent_at = load, now
