@@ -1,0 +1,112 @@
+"""The inference routes: any `POST /v1/…`. Reads the body, understands what decides its way, and lets it go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from broker.config import Config
+from broker.counters import TotalColumn
+from broker.errors import BadRequest, BodyTooLarge
+from broker.splice import replace_member
+from broker.types import RouteRequest
+from frontend import body, headers
+from frontend.answer import Answer, send_error
+from frontend.forward import Forwarder, access, count_response, printable
+from frontend.upstream.base import UpstreamRequest
+
+_OPAQUE = (b"multipart/", b"audio/", b"image/", b"video/", b"application/octet-stream")
+"""Bodies that are forwarded unread, as the audio routes take them; their model is not known."""
+_ALWAYS_JSON = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/embeddings"))
+
+
+class ClientGone(Exception):
+    """The client left before its request was whole."""
+
+
+class Inference:
+    """The ASGI application of the inference routes."""
+
+    def __init__(self, config: Config, forwarder: Forwarder) -> None:
+        self._limit = config.server.max_body_bytes
+        self._aliases = config.models.aliases
+        self._forwarder = forwarder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ident = headers.request_id(scope["headers"])
+        try:
+            data = await read_body(scope, receive, self._limit)
+            route, request = self.understand(scope, data, ident)
+        except BadRequest as error:
+            self._count_rejected(scope, ident, error)
+            await send_error(send, error, ident)
+            return
+        except ClientGone:
+            return
+        answer = Answer(ident)
+        await answer.serve(self._forwarder.forward(ident, route, request, answer), receive, send)
+
+    def understand(self, scope: Scope, data: bytes, ident: bytes) -> tuple[RouteRequest, UpstreamRequest]:
+        """What the choice depends on, and what is sent. Raises `BadRequest`."""
+        found = scope["headers"]
+        session = _value(found, b"x-session-id").decode("latin-1") or None
+        stream = False
+        if scope["path"] in _ALWAYS_JSON or not _value(found, b"content-type").lower().startswith(_OPAQUE):
+            read = body.parse(data)
+            model, stream = read.model, bool(read.stream)
+            if model is not None and (meant := self._aliases.get(model)) is not None:
+                model = meant
+                data = replace_member(data, "model", msgspec.json.encode(meant))
+            text, tokens = read.text()
+            route = RouteRequest(model=model, session=read.session() or session, prompt=text, prompt_tokens=tokens)
+        else:
+            route = RouteRequest(session=session)
+        request = UpstreamRequest(path=_path(scope), headers=headers.for_engine(found, ident), body=data, stream=stream)
+        return route, request
+
+    def _count_rejected(self, scope: Scope, ident: bytes, error: BadRequest) -> None:
+        counters = self._forwarder.counters
+        counters.count(TotalColumn.REJECTED)
+        count_response(counters, error.status)
+        access.info(
+            "id=%s path=%s status=%d outcome=rejected", ident.decode("ascii"), printable(scope["path"]), error.status
+        )
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The request's whole body. Raises `BodyTooLarge`, before anything is read if the client said its length, and
+    `ClientGone`."""
+    declared = _value(scope["headers"], b"content-length")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part: bytes = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body", False):
+            return b"".join((*parts, part)) if parts else part
+        if part:
+            parts.append(part)
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {limit} bytes")
+
+
+def _value(found: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
+    """The first value of a header, or nothing."""
+    return next((value for key, value in found if key == name), b"")
+
+
+def _path(scope: Scope) -> str:
+    raw: bytes = scope.get("raw_path") or scope["path"].encode()
+    query: bytes = scope["query_string"]
+    return (raw + b"?" + query if query else raw).decode("latin-1")

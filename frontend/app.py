@@ -1,0 +1,147 @@
+"""Puts a frontend together, and takes it apart again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+from pathlib import Path
+
+import uvicorn
+import zmq
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from broker.config import Config
+from broker.counters import FrontendCounters, attach_counters
+from broker.errors import PenstockError
+from broker.view import TableReader
+from frontend.accept import Evenness
+from frontend.admin import Admin, error_response
+from frontend.api import Inference
+from frontend.breaker import Breaker
+from frontend.control import Control
+from frontend.dispatch import Dispatcher, make_policies
+from frontend.errors import MethodNotAllowed, NotFound, Stopping
+from frontend.forward import Forwarder
+from frontend.metrics import Metrics
+from frontend.server import KEEP_ALIVE_S, Server
+from frontend.upstream.http import HttpUpstream
+from frontend.upstream.zmq import ZmqUpstream
+from frontend.watch import Watch
+
+logger = logging.getLogger("frontend")
+# uvicorn says at this level that it started and stopped; the supervisor says it for every process.
+logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+FLUSH_S = 0.5
+"""What streams that were ended at the limit get to say so to their clients."""
+
+
+def application(inference: Inference, admin: Admin) -> Starlette:
+    """The routes."""
+    return Starlette(
+        routes=[
+            Route("/v1/models", admin.models, methods=["GET"]),
+            Route("/v1/models/{model:path}", admin.model, methods=["GET"]),
+            Route("/v1/{rest:path}", inference, methods=["POST"]),
+            Route("/register", admin.register, methods=["POST"]),
+            Route("/drain", admin.drain, methods=["POST"]),
+            Route("/instances", admin.instances, methods=["GET"]),
+            Route("/endpoints", admin.endpoints, methods=["GET"]),
+            Route("/health", admin.health, methods=["GET"]),
+            Route("/ready", admin.ready, methods=["GET"]),
+            Route("/metrics", admin.metrics, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _no_route, PenstockError: _refused, Exception: _internal},
+    )
+
+
+async def serve(
+    run_dir: Path, config: Config, index: int, life: int, listen_fd: int, ready_fd: int, alive_fd: int
+) -> None:
+    """One frontend's life; returns after a graceful stop. `ready_fd` and `alive_fd` may be -1."""
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        table = TableReader.attach(run_dir, config)
+        stack.callback(table.close)
+        segment = stack.enter_context(attach_counters(run_dir, config))
+        counters = FrontendCounters(segment, index)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        stack.callback(context.term)
+        http, native = HttpUpstream(config), ZmqUpstream(context, config)
+        stack.callback(native.close)
+        stack.callback(http.close)
+        control = Control(run_dir, config, table, index, life, context, loop, native.resync)
+        stack.callback(control.close)
+        stack.callback(Watch(table, http, native, loop).close)
+        breaker = Breaker(config.upstream.breaker_failures, config.upstream.breaker_secs)
+        dispatcher = Dispatcher(table, counters, make_policies(config, index), breaker)
+        forwarder = Forwarder(config, dispatcher, counters, http, native, loop)
+        admin = Admin(run_dir, config, table, control, Metrics(table, segment))
+        drain_s = config.server.drain_secs
+
+        def on_ready() -> None:
+            if ready_fd >= 0:
+                os.write(ready_fd, b"ready\n")
+                os.close(ready_fd)
+
+        def on_stop() -> None:
+            limit = Stopping(f"the router stops, and the {drain_s:g} s for running requests are over")
+            loop.call_later(drain_s, forwarder.end_all, limit)
+
+        server = Server(
+            uvicorn.Config(
+                application(Inference(config, forwarder), admin),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=math.ceil(drain_s + FLUSH_S),
+            ),
+            socket.socket(fileno=listen_fd),
+            counters,
+            Evenness(segment, table.counters, index).is_ahead,
+            on_ready,
+            on_stop,
+        )
+
+        def stop() -> None:
+            server.should_exit = True
+            if alive_fd >= 0:
+                loop.remove_reader(alive_fd)
+
+        loop.add_signal_handler(signal.SIGTERM, stop)
+        if alive_fd >= 0:
+            # Only the supervisor holds the other end: readable means that it died, however it died.
+            loop.add_reader(alive_fd, stop)
+        await server.serve(sockets=[])
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 405:
+        return error_response(MethodNotAllowed(f"{request.method} is not allowed for {path}"), error.headers)
+    return error_response(NotFound(f"there is nothing at {path}"))
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PenstockError)
+    return error_response(error)
+
+
+async def _internal(request: Request, error: Exception) -> Response:
+    """The outermost net: starlette raises the error again after this answer, and uvicorn logs it."""
+    return error_response(PenstockError("internal error"))

@@ -1,0 +1,383 @@
+"""One request on its way: a synchronous state machine between a client's sink and the instances that are tried.
+
+              open                 first body byte              finish
+    NEW ---------------> TRYING ------------------> FLOWING ---------------> ENDED
+                        |  ^  |                        |                       ^
+                        +--+  +--- finish, last fail --|-----------------------+
+          fail, 502, 503:                              +--- fail, idle --------+
+          another instance                cancel, from anywhere ---------------+
+
+* Status and headers are held back until the first body byte or the end: an engine that dies right after its headers
+  costs the client nothing, another one is tried. After the first byte nothing can be repeated, and a failure is
+  said to the client.
+* Each attempt has its own lease. The next one is taken before the last one is given back, so that the policy sees
+  the instance that failed as no emptier than it was.
+* `_end` is the one way out. Whatever happened, it stops the timer, cancels the call, closes the lease, accounts for
+  the request and writes its log line, exactly once.
+
+Nothing here awaits, and nothing is made per chunk: any server that can call four methods can drive it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable
+from enum import Enum, StrEnum
+
+from broker.config import Config
+from broker.counters import CounterColumn, FrontendCounters, Histogram, TotalColumn
+from broker.counters import outcome as status_column
+from broker.errors import EngineSaturated, ModelNotFound, NoInstance, PenstockError, UpstreamTimeout
+from broker.types import Instance, RouteRequest
+from frontend.dispatch import Choice, Dispatcher
+from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
+
+access = logging.getLogger("penstock.access")
+
+RETRIED_STATUSES = frozenset((502, 503))
+"""An engine, or what stands in front of it, says that it cannot take the request: another one may."""
+FAILED_STATUSES = frozenset((502, 503, 504))
+"""Answers that count as failures of the instance."""
+
+_USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})')
+_UNPRINTABLE = re.compile(r"[^!-~]")
+_USAGE_WITHIN = 2048
+"""The usage is looked for in that many of the last bytes, of the last two chunks."""
+
+
+class State(Enum):
+    NEW = 0
+    TRYING = 1
+    FLOWING = 2
+    ENDED = 3
+
+
+class Outcome(StrEnum):
+    """How a request ended, as its log line says it."""
+
+    DONE = "done"  # the instance's answer, whatever its status, is whole
+    FAILED = "failed"  # an error of ours instead of an answer
+    BROKEN = "broken"  # the answer had begun, and was cut off with an explicit error
+    GONE = "gone"  # the client left
+
+
+class Forwarder:
+    """What all requests of a frontend share. Owns the set of requests under way."""
+
+    def __init__(
+        self,
+        config: Config,
+        dispatcher: Dispatcher,
+        counters: FrontendCounters,
+        http: Upstream,
+        native: Upstream,
+        loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` in seconds; not the loop's, which uvloop keeps in whole milliseconds."""
+        self.dispatcher = dispatcher
+        self.counters = counters
+        self.loop = loop
+        self.clock = clock
+        self.attempts = config.upstream.attempts
+        self.first_byte_s = config.timeouts.first_byte_secs
+        self.idle_s = config.timeouts.idle_secs
+        self.policy = config.scheduler.policy
+        self.live: set[Forward] = set()
+        self._http = http
+        self._native = native
+
+    def forward(self, ident: bytes, route: RouteRequest, request: UpstreamRequest, sink: Sink) -> Forward:
+        """A request that has not begun; nothing is held until `begin`."""
+        return Forward(self, ident, route, request, sink)
+
+    def upstream(self, instance: Instance) -> Upstream:
+        return self._native if instance.is_native else self._http
+
+    def end_all(self, error: PenstockError) -> None:
+        """Ends every request under way, each with an explicit error."""
+        for forward in list(self.live):
+            forward.abort(error)
+
+
+class Forward:
+    """One request. Its owner is whoever talks to the client: it calls `begin` once and, whatever happens, `cancel`
+    at the end. It is itself the sink of each attempt; the client's sink hears of one answer."""
+
+    __slots__ = (
+        "_attempts",
+        "_began",
+        "_bytes",
+        "_call",
+        "_choice",
+        "_first_byte",
+        "_head",
+        "_ident",
+        "_last",
+        "_paused",
+        "_request",
+        "_route",
+        "_shared",
+        "_sink",
+        "_state",
+        "_status",
+        "_tail",
+        "_timer",
+        "_touched",
+        "_tried",
+    )
+
+    def __init__(
+        self, shared: Forwarder, ident: bytes, route: RouteRequest, request: UpstreamRequest, sink: Sink
+    ) -> None:
+        self._shared = shared
+        self._ident = ident
+        self._route = route
+        self._request = request
+        self._sink = sink
+        self._state = State.NEW
+        self._choice: Choice | None = None  # of the attempt under way, or the last one
+        self._call: Call | None = None  # None once the transport has ended it
+        self._head: tuple[int, Headers] | None = None  # held back
+        self._timer: asyncio.TimerHandle | None = None
+        self._tried: list[int] = []
+        self._attempts = 0
+        self._paused = False
+        self._began = self._touched = 0.0
+        self._first_byte: float | None = None
+        self._status = 0  # what the client was told, or would have been
+        self._bytes = 0
+        self._last = self._tail = b""  # the last chunk and the one before it
+
+    def __repr__(self) -> str:
+        where = self._choice.instance.url if self._choice else None
+        return f"Forward({self._ident.decode()}, {self._state.name}, at={where}, attempts={self._attempts})"
+
+    # -- the client's side -------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Chooses an instance and sends the request. Without one the sink hears `fail` before this returns."""
+        self._began = self._shared.clock()
+        self._shared.live.add(self)
+        self._shared.counters.count(TotalColumn.STREAMS_OPENED)
+        try:
+            choice = self._shared.dispatcher.choose(self._route, (), self._began)
+        except PenstockError as error:
+            if isinstance(error, ModelNotFound):
+                self._shared.counters.count(TotalColumn.MODEL_NOT_FOUND)
+            elif isinstance(error, NoInstance):
+                self._shared.counters.count(TotalColumn.NO_INSTANCE)
+            self._say(error)
+            return
+        self._open(choice)
+
+    def cancel(self) -> None:
+        """The client is gone. Idempotent, and without effect once the request has ended."""
+        if self._state is State.NEW:
+            self._state = State.ENDED
+        elif self._state is not State.ENDED:
+            if self._state is State.TRYING:
+                self._status = 499
+            self._end(Outcome.GONE)
+
+    def abort(self, error: PenstockError) -> None:
+        """Ends the request with an error that the client hears, whatever the instance does."""
+        if self._state in (State.TRYING, State.FLOWING):
+            self._say(error)
+
+    def pause(self) -> None:
+        """The client does not keep up."""
+        self._paused = True
+        if self._call is not None:
+            self._call.pause()
+
+    def resume(self) -> None:
+        self._paused = False
+        self._touched = self._shared.clock()  # the silence so far was the client's
+        if self._call is not None:
+            self._call.resume()
+
+    # -- the instance's side: the sink of each attempt ---------------------------------------------------------
+
+    def start(self, status: int, headers: Headers) -> None:
+        if status in FAILED_STATUSES:
+            self._failed()
+            if status in RETRIED_STATUSES and self._try_another():
+                return
+        self._head = (status, headers)
+
+    def write(self, data: bytes) -> None:
+        if self._head is not None:
+            self._flow()
+        self._touched = self._shared.clock()
+        self._bytes += len(data)
+        self._tail, self._last = self._last, data
+        if self._state is State.FLOWING:  # the client's sink may have given up on hearing the status
+            self._sink.write(data)
+
+    def finish(self) -> None:
+        self._call = None
+        if self._head is not None:
+            self._flow()
+        if self._state is State.FLOWING:
+            self._end(Outcome.DONE)
+            self._sink.finish()
+
+    def fail(self, error: PenstockError) -> None:
+        self._call = None
+        if not isinstance(error, EngineSaturated):  # busy is not broken
+            self._failed()
+        if self._state is State.TRYING and error.retryable and self._try_another():
+            return
+        self._say(error)
+
+    # -- within ------------------------------------------------------------------------------------------------
+
+    def _open(self, choice: Choice) -> None:
+        shared = self._shared
+        self._state = State.TRYING
+        self._choice = choice
+        self._head = None
+        self._attempts += 1
+        if shared.first_byte_s:
+            self._arm(shared.first_byte_s)
+        self._call = shared.upstream(choice.instance).open(choice.instance, self._request, self)
+        if self._paused:
+            self._call.pause()
+
+    def _try_another(self) -> bool:
+        """Moves the request to another instance; False when attempts or instances are used up."""
+        shared, last = self._shared, self._choice
+        if last is None or self._attempts >= shared.attempts:
+            return False
+        slot = last.lease.slot
+        self._tried.append(slot)
+        try:
+            choice = shared.dispatcher.choose(self._route, self._tried, shared.clock())
+        except PenstockError:
+            return False  # what this instance said is a better answer than "no instance"
+        last.lease.count(CounterColumn.RETRIED)
+        call, self._call = self._call, None
+        last.lease.close()
+        if call is not None:
+            call.cancel()
+        self._open(choice)
+        return True
+
+    def _flow(self) -> None:
+        """The first body byte, or the end of an empty answer: from here on nothing can be repeated."""
+        assert self._head is not None
+        assert self._choice is not None
+        shared = self._shared
+        (self._status, headers), self._head = self._head, None
+        self._state = State.FLOWING
+        self._touched = shared.clock()
+        self._first_byte = self._touched - self._began
+        if self._status not in FAILED_STATUSES:
+            shared.dispatcher.breaker.succeeded(self._choice.lease.slot)
+        shared.counters.observe(Histogram.FIRST_TOKEN, self._first_byte)
+        self._disarm()
+        if shared.idle_s and self._call is not None:
+            self._arm(shared.idle_s)
+        self._sink.start(self._status, headers)
+
+    def _arm(self, delay: float) -> None:
+        self._disarm()
+        self._timer = self._shared.loop.call_later(delay, self._expire)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        """The timer's end. It is not moved for each chunk: it looks how long the silence has really been."""
+        self._timer = None
+        shared = self._shared
+        if self._state is State.TRYING:
+            self._failed()
+            self._say(UpstreamTimeout(f"no answer within {shared.first_byte_s:g} s"))
+            return
+        now = shared.clock()
+        if self._paused:  # nothing is read from the engine, so its silence says nothing
+            self._touched = now
+        left = self._touched + shared.idle_s - now
+        if left > 0:
+            self._arm(left)
+        else:
+            self._failed()
+            self._say(UpstreamTimeout(f"the stream was silent for {shared.idle_s:g} s"))
+
+    def _failed(self) -> None:
+        assert self._choice is not None
+        lease = self._choice.lease
+        self._shared.dispatcher.breaker.failed(lease.slot, lease.generation, self._shared.clock())
+
+    def _say(self, error: PenstockError) -> None:
+        """Ends the request with an error that the client hears."""
+        if self._state is State.FLOWING:
+            self._end(Outcome.BROKEN)
+        else:
+            self._status = error.status
+            self._end(Outcome.FAILED)
+        self._sink.fail(error)
+
+    def _end(self, outcome: Outcome) -> None:
+        self._state = State.ENDED
+        self._disarm()
+        shared, counters, choice = self._shared, self._shared.counters, self._choice
+        shared.live.discard(self)
+        counters.count(TotalColumn.STREAMS_CLOSED)
+        count_response(counters, self._status)
+        duration = shared.clock() - self._began
+        if choice is not None:
+            counters.observe(Histogram.DURATION, duration)
+            if outcome is Outcome.BROKEN:
+                choice.lease.count(CounterColumn.BROKEN)
+            elif outcome is Outcome.GONE:
+                choice.lease.count(CounterColumn.GONE)
+            choice.lease.close(status_column(self._status))
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
+        if access.isEnabledFor(logging.INFO):
+            self._log(outcome, duration)
+
+    def _log(self, outcome: Outcome, duration: float) -> None:
+        access.info(
+            "id=%s path=%s model=%s instance=%s policy=%s attempts=%d status=%d ttft_ms=%s duration_ms=%.1f bytes=%d "
+            "tokens=%s outcome=%s",
+            self._ident.decode("ascii"),
+            printable(self._request.path.partition("?")[0]),
+            printable(self._route.model or "-"),
+            self._choice.instance.url if self._choice else "-",
+            self._shared.policy,
+            self._attempts,
+            self._status,
+            "-" if self._first_byte is None else f"{self._first_byte * 1e3:.1f}",
+            duration * 1e3,
+            self._bytes,
+            self._tokens(),
+            outcome,
+        )
+
+    def _tokens(self) -> str:
+        """Completion tokens, where the engine said them at the end of its answer."""
+        for chunk in (self._last, self._tail):
+            if found := _USAGE.findall(chunk[-_USAGE_WITHIN:]):
+                last: bytes = found[-1]
+                return last.decode()
+        return "-"
+
+
+def count_response(counters: FrontendCounters, status: int) -> None:
+    """Counts an answer to an inference request by its class; one that its client left before is a 499."""
+    counters.count(TotalColumn(TotalColumn.RESPONSES_2XX + min(max(status // 100, 2), 5) - 2))
+
+
+def printable(text: str) -> str:
+    """Text from outside in a form that cannot forge a log line."""
+    return _UNPRINTABLE.sub("?", text[:128])

@@ -1,0 +1,51 @@
+"""Which headers pass through, and the name of a request."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+
+from frontend.upstream.base import HOP_BY_HOP, Headers
+
+REQUEST_ID = b"x-request-id"
+
+# Ours to say on the engine's connection. `expect` has been answered here: the body is already read.
+_NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", REQUEST_ID}
+# Ours to say on the client's connection: the server adds its own date.
+_NOT_RETURNED = HOP_BY_HOP | {b"date", REQUEST_ID}
+
+_ID = re.compile(rb"[A-Za-z0-9._:/@+=,-]{1,256}")
+
+
+def request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The client's id if it is harmless in a header and a log line, else a new one."""
+    for name, value in headers:
+        if name == REQUEST_ID and _ID.fullmatch(value):
+            return value
+    return os.urandom(12).hex().encode()
+
+
+def for_engine(headers: Iterable[tuple[bytes, bytes]], ident: bytes) -> Headers:
+    """The client's end-to-end headers, with the request's id."""
+    passed = _end_to_end(headers, _NOT_FORWARDED)
+    passed.append((REQUEST_ID, ident))
+    return passed
+
+
+def for_client(headers: Iterable[tuple[bytes, bytes]], ident: bytes) -> Headers:
+    """The engine's end-to-end headers, with the request's id."""
+    passed = _end_to_end(headers, _NOT_RETURNED)
+    passed.append((REQUEST_ID, ident))
+    return passed
+
+
+def _end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:
+    passed = [(name, value) for name, value in headers if name not in dropped]
+    named = [value for name, value in headers if name == b"connection"]
+    if named:
+        # `Connection: x-mine` makes x-mine a header of that one connection (RFC 9110, 7.6.1). Framing is not the
+        # peer's to drop: without the length, an answer that ends early would look whole.
+        tokens = {token.strip().lower() for value in named for token in value.split(b",")} - {b"content-length"}
+        passed = [(name, value) for name, value in passed if name not in tokens]
+    return passed
