@@ -186,7 +186,7 @@ class SimulatedEngine:
                 stream=request.stream,
                 id=answer_id(prompt.digest, self.name),
                 created=CREATED,
-                fingerprint=f"sim-{self.name}",
+                fingerprint=self.name,
             )
         # Output tokens need ids of their own only for the cache, where a repeated answer must hash alike.
         try:
