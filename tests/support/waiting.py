@@ -1,0 +1,36 @@
+"""Waiting for a condition, never for a time: polls until it holds, and fails with words when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+POLL_S = 0.02
+
+
+def until(condition: Callable[[], T | None], what: object, within: float = 10.0) -> T:
+    """The first truthy value of `condition()`. `what` (an object, or a callable making one) explains a failure."""
+    deadline = time.monotonic() + within
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(_never(within, what, value))
+        time.sleep(POLL_S)
+    return value
+
+
+async def eventually(condition: Callable[[], T | None], what: object, within: float = 10.0) -> T:
+    """`until` for coroutines: the event loop goes on in between."""
+    deadline = time.monotonic() + within
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(_never(within, what, value))
+        await asyncio.sleep(POLL_S)
+    return value
+
+
+def _never(within: float, what: object, last: object) -> str:
+    return f"not within {within:g} s: {what() if callable(what) else what} (last seen: {last!r})"
