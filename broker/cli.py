@@ -80,7 +80,7 @@ def cli() -> None:
 @click.option(
     "--sim",
     type=SimCount(),
-    default=0,
+    default="0",
     metavar="N|auto",
     help=f"Also start N simulated engines; auto: {SIM_AUTO}, and only when no engine is configured. [0]",
 )
