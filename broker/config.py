@@ -8,9 +8,10 @@ the nearest known one. Times are in the unit of the key's name; sizes in bytes.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
 import yaml
@@ -188,7 +189,7 @@ def build(tree: Tree, source: str = "settings") -> Config:
     try:
         return msgspec.convert(kept, Config)
     except msgspec.ValidationError as e:
-        raise ConfigError(f"{source}: {e}") from e
+        raise ConfigError(f"{source}: {_explained(str(e))}") from e
 
 
 def dump(config: Config) -> bytes:
@@ -245,6 +246,16 @@ def _refuse_unknown(tree: Tree, source: str) -> None:
         for key in keys:
             if key not in names:
                 raise ConfigError(f"{source}: unknown key '{section}.{key}'{_nearest(str(key), names)}")
+
+
+def _explained(error: str) -> str:
+    """The decoder's sentence, and for a word that is none of a choice those that are."""
+    place = re.search(r"Invalid enum value .* - at `\$\.([a-z-]+)\.([a-z-]+)`", error)
+    if place is None:
+        return error
+    sections = {section.encode_name: section.type for section in msgspec.structs.fields(Config)}
+    kinds = {key.encode_name: key.type for key in msgspec.structs.fields(sections[place[1]])}
+    return f"{error}; known: {', '.join(map(str, get_args(kinds[place[2]])))}"
 
 
 def _nearest(word: str, known: list[str]) -> str:

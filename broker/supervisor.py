@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from broker import banner, config, log
+from broker import banner, config, log, policies
 from broker.config import Config
 from broker.counters import Roster, create_counters
 from broker.errors import ConfigError, PenstockError
@@ -408,11 +408,17 @@ def make_segments(path: Path, settings: Config) -> Roster:
 def serve(settings: Config, simulated: int = 0) -> int:
     """Runs Penstock in this process until it is told to stop. Raises `StartError`, `ConfigError`."""
     log.setup(settings.log, "supervisor")
+    check(settings)
+    return Supervisor(settings, simulated).run()
+
+
+def check(settings: Config) -> None:
+    """What can be known before anything is started. Raises `ConfigError`."""
+    policies.check(settings.scheduler)
     if settings.server.workers > settings.shm.frontends:
         raise ConfigError(
             f"server.workers is {settings.server.workers}, but shm.frontends has room for {settings.shm.frontends}"
         )
-    return Supervisor(settings, simulated).run()
 
 
 def _how(code: int) -> str:

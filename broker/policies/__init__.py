@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 from typing import get_args
 
-from broker.config import PolicyName
+from broker.config import PolicyName, Scheduler
 from broker.errors import ConfigError
 from broker.policies.base import Loads, Options, Policy
 from broker.policies.fd_metrics_score import FdMetricsScore
@@ -17,7 +17,7 @@ from broker.policies.random import RandomChoice
 from broker.policies.request_num import RequestNum
 from broker.policies.round_robin import RoundRobin
 
-__all__ = ["POLICIES", "Loads", "Options", "Policy", "frontend_rng", "make_policy"]
+__all__ = ["POLICIES", "Loads", "Options", "Policy", "check", "frontend_rng", "make_policy"]
 
 POLICIES: dict[str, Callable[[Options, Random, float], Policy]] = {
     "random": lambda _options, rng, _offset: RandomChoice(rng),
@@ -29,6 +29,12 @@ POLICIES: dict[str, Callable[[Options, Random, float], Policy]] = {
     "fd_remote_metrics_score": lambda options, rng, _offset: FdRemoteMetricsScore(options, rng),
 }
 """The names of FastDeploy's router. Each role has a policy of its own, so that none shares a turn with another."""
+
+
+def check(settings: Scheduler) -> None:
+    """Whether the policies named in the settings can be made; for the start. Raises `ConfigError` as `make_policy`."""
+    for name in (settings.policy, settings.prefill_policy, settings.decode_policy):
+        make_policy(name, Options.of(settings), Random(settings.seed), 0.0)
 
 
 def make_policy(name: str, options: Options, rng: Random, offset: float) -> Policy:

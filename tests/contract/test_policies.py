@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.config import Scheduler
+from broker.config import Scheduler, build
 from broker.errors import ConfigError
-from broker.policies import POLICIES, Options, Policy, frontend_rng, make_policy
+from broker.policies import POLICIES, Options, Policy, check, frontend_rng, make_policy
 from broker.types import RouteRequest, Trust
 from tests.support.loads import FakeLoads
 
@@ -114,6 +114,17 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 def test_a_name_of_a_later_version_says_so(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}' is not available in this version; available: random, "):
         make(name)
+
+
+def test_a_name_that_cannot_be_made_is_found_before_the_start() -> None:
+    check(Scheduler())
+    with pytest.raises(ConfigError, match="remote_cache_aware"):
+        check(Scheduler(decode_policy="remote_cache_aware"))
+
+
+def test_an_unknown_name_in_the_settings_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'best' .*scheduler\.policy.*; known: random, round_robin, .*cache_aware"):
+        build({"scheduler": {"policy": "best"}})
 
 
 def test_options_come_from_the_settings() -> None:
