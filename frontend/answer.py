@@ -23,13 +23,26 @@ class Answer:
     once, a slow one costs no more sends than it can take.
     """
 
-    __slots__ = ("_chunks", "_ended", "_error", "_forward", "_gone", "_head", "_held", "_ident", "_paused", "_waiter")
+    __slots__ = (
+        "_chunks",
+        "_ended",
+        "_error",
+        "_forward",
+        "_gone",
+        "_head",
+        "_held",
+        "_ident",
+        "_last",
+        "_paused",
+        "_waiter",
+    )
 
     def __init__(self, ident: bytes) -> None:
         self._ident = ident
         self._forward: Forward | None = None
         self._head: tuple[int, Headers] | None = None
         self._chunks: list[bytes] = []
+        self._last = b"\n\n"
         self._held = 0
         self._paused = False
         self._ended = False
@@ -58,6 +71,7 @@ class Answer:
 
     def write(self, data: bytes) -> None:
         self._chunks.append(data)
+        self._last = data
         self._held += len(data)
         if self._held > PAUSE_AT and not self._paused and self._forward is not None:
             self._paused = True
@@ -71,6 +85,8 @@ class Answer:
     def fail(self, error: PenstockError) -> None:
         self._error = error
         if self._head is not None and _takes_events(self._head[1]):
+            if not self._last.endswith((b"\n\n", b"\r\n\r\n")):
+                self._chunks.append(b"\n\n")  # ends the event that the engine left half written
             self._chunks.append(errors.event(error))
             self._error = None
         self._ended = True

@@ -41,9 +41,6 @@ logger = logging.getLogger("frontend")
 # uvicorn says at this level that it started and stopped; the supervisor says it for every process.
 logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
-FLUSH_S = 0.5
-"""What streams that were ended at the limit get to say so to their clients."""
-
 
 def application(inference: Inference, admin: Admin) -> Starlette:
     """The routes."""
@@ -93,9 +90,10 @@ async def serve(
                 os.write(ready_fd, b"ready\n")
                 os.close(ready_fd)
 
+        too_late = Stopping(f"the router stops, and the {drain_s:g} s for running requests are over")
+
         def on_stop() -> None:
-            limit = Stopping(f"the router stops, and the {drain_s:g} s for running requests are over")
-            loop.call_later(drain_s, forwarder.end_all, limit)
+            loop.call_later(drain_s, forwarder.end_all, too_late)
 
         server = Server(
             uvicorn.Config(
@@ -108,7 +106,8 @@ async def serve(
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=math.ceil(drain_s + FLUSH_S),
+                # Counted from 0.1 s after the stop: streams that are ended at the limit have that long to say so.
+                timeout_graceful_shutdown=math.ceil(drain_s),
             ),
             socket.socket(fileno=listen_fd),
             counters,
@@ -127,6 +126,7 @@ async def serve(
             # Only the supervisor holds the other end: readable means that it died, however it died.
             loop.add_reader(alive_fd, stop)
         await server.serve(sockets=[])
+        forwarder.end_all(too_late)  # whoever's client did not even take that
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

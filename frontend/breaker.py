@@ -37,6 +37,11 @@ class Breaker:
     def __repr__(self) -> str:
         return f"Breaker({ {slot: t.failures for slot, t in self._troubles.items()} })"
 
+    def failures(self, slot: int) -> int:
+        """In a row, up to now."""
+        trouble = self._troubles.get(slot)
+        return trouble.failures if trouble is not None else 0
+
     def open_slots(self, now: float) -> list[int]:
         """Slots not to be tried now."""
         if not self._troubles:

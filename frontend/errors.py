@@ -36,11 +36,8 @@ def body(error: PenstockError) -> bytes:
 
 
 def event(error: PenstockError) -> bytes:
-    """The same as the last event of a stream that broke; no `[DONE]` follows, so it cannot pass for a whole one.
-
-    The blank line in front ends an event that the engine may have left half written.
-    """
-    return b"\n\ndata: " + body(error) + b"\n\n"
+    """The same as the last event of a stream that broke; no `[DONE]` follows, so it cannot pass for a whole one."""
+    return b"data: " + body(error) + b"\n\n"
 
 
 def headers(error: PenstockError) -> Headers:

@@ -30,7 +30,15 @@ from enum import Enum, StrEnum
 from broker.config import Config
 from broker.counters import CounterColumn, FrontendCounters, Histogram, TotalColumn
 from broker.counters import outcome as status_column
-from broker.errors import EngineSaturated, ModelNotFound, NoInstance, PenstockError, UpstreamTimeout
+from broker.errors import (
+    EngineSaturated,
+    ModelNotFound,
+    NoInstance,
+    PenstockError,
+    UpstreamBroken,
+    UpstreamError,
+    UpstreamTimeout,
+)
 from broker.types import Instance, RouteRequest
 from frontend.dispatch import Choice, Dispatcher
 from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
@@ -225,10 +233,12 @@ class Forward:
         if self._state is State.FLOWING:
             self._end(Outcome.DONE)
             self._sink.finish()
+        elif self._state is State.TRYING:
+            self.fail(UpstreamBroken("the engine ended its answer before it began"))
 
     def fail(self, error: PenstockError) -> None:
         self._call = None
-        if not isinstance(error, EngineSaturated):  # busy is not broken
+        if isinstance(error, UpstreamError) and not isinstance(error, EngineSaturated):  # busy is not broken
             self._failed()
         if self._state is State.TRYING and error.retryable and self._try_another():
             return
