@@ -95,8 +95,8 @@ class Sample(msgspec.Struct, frozen=True):
 def samples(text: bytes, name: bytes) -> Iterator[Sample]:
     """Every finite sample of one metric. Lines that are no samples are passed over.
 
-    Searching for the few names that are needed costs 50 us per 50 KiB page, parsing the page 30 ms: with a
-    thousand instances polled each second that is the difference between 5 % of a core and thirty cores.
+    Searching a vLLM's page (75 kB) for the few names that are needed costs 60 us, parsing it whole 19 ms: with a
+    thousand instances polled each second that is 6 % of one core, or nineteen cores.
     """
     at = -1
     while (at := text.find(name, at + 1)) >= 0:

@@ -27,8 +27,8 @@ logger = logging.getLogger("scheduler")
 
 MAX_METRICS_BYTES = 8 * 1024 * 1024
 MAX_ANSWER_BYTES = 1024 * 1024
-CONNECTIONS = 256
-"""To all engines together."""
+CONNECTIONS = 1024
+"""To all engines together. Waiting for one counts against a question's time: hosts that hang must not use them up."""
 
 
 class Answer(msgspec.Struct, frozen=True):

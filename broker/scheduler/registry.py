@@ -101,7 +101,8 @@ class Registry:
         self._ended: dict[bytes, bool] = {}  # incarnation -> whether it may say hello again
         self.changes = 0
         """Rises with every change of who is registered and how; lets the shell reconcile what hangs on it."""
-        for slot, instance, state in table.take_over():
+        survivors = table.take_over()
+        for index, (slot, instance, state) in enumerate(survivors):
             self._enter(
                 Member(
                     slot=slot,
@@ -110,6 +111,7 @@ class Registry:
                     healthy=state is not State.DOWN,
                     alive_ns=now_ns,
                     quiet_until_ns=now_ns + GRACE_NS,
+                    probe_ns=now_ns + self._probe_ns * index // len(survivors),  # spread, not all at once
                 )
             )
 

@@ -38,7 +38,7 @@ class Watch:
         if now_ns >= self._next_poll_ns:
             self._next_poll_ns = max(self._next_poll_ns + self._poll_ns, now_ns)
             for member in self._registry:
-                if member.instance.metrics_url:
+                if member.instance.metrics_url and member.healthy:
                     self._errands.start(("load of", member.instance.url), self._poll(member))
 
     async def close(self) -> None:
