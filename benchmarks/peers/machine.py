@@ -26,7 +26,7 @@ def family(pid: int) -> list[int]:
 
 
 def cpu_s(pids: list[int]) -> dict[int, float]:
-    """CPU seconds each process has used, user and system. The kernel counts exactly; only the unit is coarse (a tick)."""
+    """CPU seconds each process has used, user and system. Counted exactly by the kernel; only the unit is coarse."""
     return {p: (int(f[11]) + int(f[12])) / TICKS_PER_S for p in pids if (f := _stat(p))}
 
 

@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 Condition = Callable[[], bool]
 
@@ -35,8 +34,7 @@ class Children:
         talk: bool = False,
     ) -> subprocess.Popen[str]:
         """`core`: the one core it may use; None = all. `talk`: its standard input and output are pipes."""
-        output: IO[bytes] | int = open(log, "ab") if log else subprocess.DEVNULL
-        try:
+        with open(log or os.devnull, "ab") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
@@ -46,11 +44,8 @@ class Children:
                 cwd=cwd,
                 text=True,
                 start_new_session=True,
-                preexec_fn=lambda: _limit(core),
+                preexec_fn=lambda: limit(core),
             )
-        finally:
-            if not isinstance(output, int):
-                output.close()
         self._all.append(process)
         return process
 
@@ -79,7 +74,7 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **extra}
 
 
-def _limit(core: int | None) -> None:
+def limit(core: int | None) -> None:
     """Runs in the child before its program."""
     if core is not None:
         os.sched_setaffinity(0, {core})

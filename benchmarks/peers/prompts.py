@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 MODEL = "mock"
-WORDS = "please summarise the following passage about routers and engines in plain words".split()
+TEXT = "please summarise the following passage about routers and engines in plain words "
 
 PREFIXES = 8
 PREFIX_BYTES = 24 * 1024
@@ -18,8 +18,7 @@ SEED = 20
 
 def one(size: int, *, stream: bool) -> list[bytes]:
     """A single body of `size` bytes."""
-    repeated = " ".join(WORDS * (size // 8))
-    return [_body(repeated, size, stream)]
+    return [_body(TEXT * (size // len(TEXT) + 1), size, stream)]
 
 
 def sharing_prefixes(*, stream: bool = False) -> list[bytes]:

@@ -72,6 +72,11 @@ static inline uint64_t read_uint(reader *r) {
   int head = (int)read_number(r, 1);
   if (head < 128) return (uint64_t)head;
   if (head >= 0xcc && head <= 0xcf) return read_number(r, 1 << (head - 0xcc));
+  if (head >= 0xd0 && head <= 0xd3) {  // a signed encoding may carry it too
+    int width = 1 << (head - 0xd0);
+    uint64_t v = read_number(r, width);
+    if (!(v >> (8 * width - 1))) return v;
+  }
   r->bad = 1;
   return 0;
 }

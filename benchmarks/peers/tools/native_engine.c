@@ -381,6 +381,7 @@ static void start(engine *e, int number, const char *control, const char *load) 
   zmq_setsockopt(e->data, ZMQ_ROUTER_MANDATORY, &on, sizeof on);
   zmq_setsockopt(e->data, ZMQ_ROUTER_HANDOVER, &on, sizeof on);
   e->control = open_socket(ZMQ_DEALER, 16);
+  zmq_setsockopt(e->control, ZMQ_IMMEDIATE, &on, sizeof on);
   zmq_setsockopt(e->control, ZMQ_ROUTING_ID, e->incarnation, sizeof e->incarnation);
   e->load = open_socket(ZMQ_PUB, 8);
   if (zmq_bind(e->data, e->endpoint) || zmq_connect(e->control, control) || zmq_connect(e->load, load))
