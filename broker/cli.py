@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from broker import banner, config, supervisor
+from broker import banner, check, config, supervisor
 from broker.config import Config
 from broker.errors import PenstockError
 
@@ -92,13 +92,16 @@ def serve(sim: int | str, **flags: Any) -> None:
     sys.exit(supervisor.serve(settings, int(sim)))
 
 
-@cli.command()
+@cli.command("check")
 @config_options
-def check(**flags: Any) -> None:
-    """Check the settings and print those in force, without starting anything."""
+def check_settings(**flags: Any) -> None:
+    """Check settings and register.yaml and print the settings in force, without starting anything."""
     settings = settle(**flags)
-    supervisor.check(settings)
     click.echo(config.dump(settings).decode())
+    found = check.fatal(settings) + check.doubtful(settings)
+    for problem in found:
+        click.echo(f"penstock: {problem}", err=True)
+    sys.exit(1 if found else 0)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

@@ -26,12 +26,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from broker import banner, config, log, policies
+from broker import banner, check, config, log
 from broker.config import Config
 from broker.counters import Roster, create_counters
-from broker.errors import ConfigError, PenstockError
+from broker.errors import PenstockError
 from broker.table import create_table
-from shm import fence
 from shm.rundir import RunDirectory, RunDirectoryError, remove_stale
 from shm.segment import SegmentError
 
@@ -67,8 +66,10 @@ class Backoff:
 class Child:
     """One child process across its lives. Owned by the supervisor."""
 
-    def __init__(self, name: str, command: Callable[[int, int], Sequence[str]], row: int | None = None) -> None:
-        """`command(life, ready_fd)` gives the arguments after the interpreter's name."""
+    def __init__(
+        self, name: str, command: Callable[[int, int], Sequence[str]], row: int | None = None, *, quiet: bool = False
+    ) -> None:
+        """`command(life, ready_fd)` gives the arguments after the interpreter's name; `quiet` drops its stdout."""
         self.name = name
         self.row = row
         self.life = 0
@@ -78,6 +79,7 @@ class Child:
         self.process: subprocess.Popen[bytes] | None = None
         self.started_at = 0.0
         self._command = command
+        self._stdout = subprocess.DEVNULL if quiet else None
         self._backoff = Backoff()
         self._ready_fd = -1
 
@@ -95,7 +97,8 @@ class Child:
         self._ready_fd, theirs = os.pipe()
         try:
             arguments = [sys.executable, *self._command(self.life, theirs)]
-            self.process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(*inherited, theirs))
+            fds = (*inherited, theirs)
+            self.process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=self._stdout, pass_fds=fds)
         finally:
             os.close(theirs)
 
@@ -144,8 +147,6 @@ class Supervisor:
 
     def run(self) -> int:
         """Serves until told to stop; returns the exit code. Raises `StartError` when the run cannot begin."""
-        if self._config.server.workers > 1 and not fence.promised():
-            raise StartError(fence.REFUSAL)
         with contextlib.ExitStack() as stack:
             self._listener = stack.enter_context(listening_socket(self._config))
             stack.enter_context(self._catching_signals())
@@ -217,15 +218,17 @@ class Supervisor:
         return Child(f"frontend-{row}", command, row)
 
     def _engine(self, number: int) -> Child:
-        """Simulated engines take turns in how they are reached, so that both transports are seen at work."""
+        """Simulated engines take turns in how they are reached, so that both transports are seen at work.
 
-        def command(_life: int, ready_fd: int) -> Sequence[str]:
-            transport = "zmq" if number % 2 == 0 else "http"
-            router = banner.url(self._config)
-            who = ["--name", f"sim-{number}", "--transport", transport, "--router", router]
+        Those over ZMQ name no models and so answer for every name; those over HTTP give `/v1/models` one to list.
+        """
+        kind = ["--transport", "http", "--model", "simulated"] if number % 2 else ["--transport", "zmq"]
+
+        def command(_life: int, _ready_fd: int) -> Sequence[str]:
+            who = ["--name", f"sim-{number}", *kind, "--router", banner.url(self._config)]
             return ["-m", "broker.worker.sim", *who, "--alive-fd", str(self._alive_fd)]
 
-        return Child(f"sim-{number}", command)
+        return Child(f"sim-{number}", command, quiet=True)
 
     def _fds(self, ready_fd: int) -> list[str]:
         return ["--ready-fd", str(ready_fd), "--alive-fd", str(self._alive_fd)]
@@ -406,19 +409,11 @@ def make_segments(path: Path, settings: Config) -> Roster:
 
 
 def serve(settings: Config, simulated: int = 0) -> int:
-    """Runs Penstock in this process until it is told to stop. Raises `StartError`, `ConfigError`."""
+    """Runs Penstock in this process until it is told to stop. Raises `StartError`."""
     log.setup(settings.log, "supervisor")
-    check(settings)
+    if reasons := check.fatal(settings):
+        raise StartError("; ".join(reasons))
     return Supervisor(settings, simulated).run()
-
-
-def check(settings: Config) -> None:
-    """What can be known before anything is started. Raises `ConfigError`."""
-    policies.check(settings.scheduler)
-    if settings.server.workers > settings.shm.frontends:
-        raise ConfigError(
-            f"server.workers is {settings.server.workers}, but shm.frontends has room for {settings.shm.frontends}"
-        )
 
 
 def _how(code: int) -> str:

@@ -1,0 +1,50 @@
+"""What would go wrong at a start, found without starting anything: for `penstock check`, and before every start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from broker import policies
+from broker.config import Config
+from broker.counters import counters_layout
+from broker.errors import ConfigError
+from broker.scheduler.registrar import read_entries
+from broker.table import load_layout
+from shm import fence
+
+
+def fatal(settings: Config) -> list[str]:
+    """A sentence for each reason why these settings cannot be started with here."""
+    found = []
+    try:
+        policies.check(settings.scheduler)
+    except ConfigError as e:
+        found.append(e.message)
+    workers, rows = settings.server.workers, settings.shm.frontends
+    if workers > rows:
+        found.append(f"server.workers is {workers}, but shm.frontends has room for {rows}")
+    if workers > 1 and not fence.promised():
+        found.append(fence.refusal())
+    return found + _space(settings)
+
+
+def doubtful(settings: Config) -> list[str]:
+    """A sentence for each entry of register.yaml that a start would leave out."""
+    path = settings.manager.register_path
+    return read_entries(Path(path), settings.server.splitwise)[1] if path else []
+
+
+def _space(settings: Config) -> list[str]:
+    wanted = load_layout(settings.shm.slots).size + counters_layout(settings.shm.frontends, settings.shm.slots).size
+    try:
+        mount = os.statvfs(settings.shm.dir)
+    except OSError as e:
+        return [f"shm.dir: {settings.shm.dir}: {e.strerror}"]
+    free = mount.f_bavail * mount.f_frsize
+    if wanted <= free:
+        return []
+    return [
+        f"shm.dir: {settings.shm.dir} has {free >> 20} MiB free, {wanted >> 20} MiB are needed "
+        "(fewer shm.slots or shm.frontends need less)"
+    ]
