@@ -132,109 +132,16 @@ def read_entries(path: Path, splitwise: bool) -> tuple[list[Registration], list[
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
         return [], [f"cannot read {path}: {e}"]
-    listed = tree.get("instances", []) if isinstance(tree, dict) else [] if tree is None else tree
-    if not isinstance(listed, list | None) or (listed and listed is tree):
+    listed = (tree.get("instances") or []) if isinstance(tree, dict) else tree or []
+    if not isinstance(listed, list) or listed is tree:
         return [], [f"{path}: `instances` must be a list"]
     entries, unusable = [], []
-    for index, fields in enumerate(listed or ()):
+    for index, fields in enumerate(listed):
         try:
             entries.append(parse(fields, splitwise))
         except PenstockError as e:
             unusable.append(f"{path}: instances[{index}]: {e.message}")
     return entries, unusable
-
-
-def answer(self, body: bytes) -> tuple[int, bytes]:
-        """Status and JSON body for the body of a `POST /register`."""
-        try:
-            await self.register(parse_body(body, self._splitwise))
-        except PenstockError as e:
-            self._tally.add(Event.REGISTRATIONS_REFUSED)
-            return refusal(e)
-        self._tally.add(Event.REGISTRATIONS)
-        return answer(200, "Register success")
-
-    async def register(self, registration: Registration) -> Member:
-        """Every frontend sees the instance when this returns.
-
-        A healthy member that registers again is not probed: engines do that every few seconds. Two registrations of
-        one URL take turns, so that the later one stands. Raises Unhealthy, TableFull, MetadataTooLarge, Busy.
-        """
-        url = registration.instance.url
-        async with self._turn(url):
-            member = self._registry.get(url)
-            if member is not None and member.healthy:
-                instance = registration.rejoined(member.instance)
-            else:
-                instance = await self._collector.join(registration)
-            asks_models = not registration.names_models and not instance.is_native
-            joined = self._registry.register(instance, time.monotonic_ns(), asks_models=asks_models)
-        if joined is not member:
-            logger.info("registered %s: %s %s %s", url, instance.engine, instance.role.name.lower(), instance.models)
-        return joined
-
-    @contextlib.asynccontextmanager
-    async def _turn(self, url: str) -> AsyncIterator[None]:
-        """One registration of a URL at a time. Raises Busy."""
-        turn = self._turns.get(url)
-        if turn is None:
-            if len(self._turns) >= MOST_AT_ONCE:
-                raise Busy(f"{MOST_AT_ONCE} instances are being probed")
-            turn = self._turns[url] = Turn()
-        turn.wanted += 1
-        try:
-            async with turn.lock:
-                yield
-        finally:
-            turn.wanted -= 1
-            if not turn.wanted:
-                del self._turns[url]
-
-    async def configured(self, passed: Callable[[], None]) -> None:
-        """register.yaml, for ever: a first pass over all entries, `passed()`, then again what is not registered."""
-        entries, unusable = read_entries(Path(self._path), self._splitwise) if self._path else ([], [])
-        for sentence in unusable:
-            logger.error("%s", sentence)
-        said: dict[str, str] = {}
-        first = True
-        while True:
-            missing = [e for e in entries if first or self._registry.get(e.instance.url) is None]
-            await asyncio.gather(*(self._try(entry, said) for entry in missing))
-            if first:
-                first = False
-                passed()
-            await asyncio.sleep(self._retry_s)
-
-    async def _try(self, entry: Registration, said: dict[str, str]) -> None:
-        url = entry.instance.url
-        try:
-            await self.register(entry)
-            said.pop(url, None)
-        except PenstockError as e:
-            if said.get(url) != e.message:  # tried again for ever: said once
-                said[url] = e.message
-                logger.error("%s of %s is not registered yet: %s", url, self._path, e.message)
-
-
-def read_entries(path: Path, splitwise: bool) -> list[Registration]:
-    """The instances that a register.yaml lists. What cannot be used is logged and left out: the start goes on."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-        logger.error("cannot read %s: %s", path, e)
-        return []
-    listed = tree.get("instances") if isinstance(tree, dict) else None
-    if not isinstance(listed, list):
-        if tree is not None and not (isinstance(tree, dict) and listed is None):
-            logger.error("%s: `instances` must be a list", path)
-        return []
-    entries = []
-    for index, fields in enumerate(listed):
-        try:
-            entries.append(parse(fields, splitwise))
-        except PenstockError as e:
-            logger.error("%s: instances[%d]: %s", path, index, e.message)
-    return entries
 
 
 def answer(status: int, text: str, **more: object) -> tuple[int, bytes]:
