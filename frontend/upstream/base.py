@@ -48,6 +48,8 @@ class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
     headers: Headers
     """End-to-end headers of the client; neither hop-by-hop ones nor Host nor Content-Length."""
     body: bytes
+    method: str = "POST"
+    """Native engines are asked by POST alone and are not told."""
     stream: bool = False
     transfer: bytes = b""
     """The peer's transfer metadata in prefill/decode pairs, for native engines."""
@@ -76,9 +78,13 @@ class Call(Protocol):
         """The answer is no longer wanted."""
 
     def pause(self) -> None:
-        """Write no more for now. A transport that cannot hold its engine back may buffer up to its bound, then fail."""
+        """Write no more for now. A transport that cannot hold its engine back may buffer up to its bound, then fail.
 
-    def resume(self) -> None: ...
+        May be called from within `start` and `write`; what was read but not yet passed on is held.
+        """
+
+    def resume(self) -> None:
+        """Write again; what was held comes in a later turn of the loop."""
 
 
 class Upstream(Protocol):

@@ -1,0 +1,241 @@
+"""The HTTP/1.1 transport: one pool of keep-alive connections per engine, one `HttpCall` per request.
+
+Plain http:// to engines on a trusted network; no TLS, no proxies, no redirects, no decoding: bytes pass through.
+No task, future or timer per request, unless a connection must be opened or waited for.
+
+    http_response.py     bytes -> status, headers, body pieces             pure
+    http_connection.py   one socket, one request at a time
+    http_pool.py         the sockets of one engine
+    http.py              the transport: requests in, answers out
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from broker.config import Config
+from broker.errors import BadRequest, ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
+from broker.types import Instance
+from frontend.upstream.base import HOP_BY_HOP, Call, Headers, Sink, UpstreamRequest
+from frontend.upstream.http_connection import Connection
+from frontend.upstream.http_pool import IDLE_S, Pool
+
+_NOT_SENT = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+"""Ours to say, or already served: the body follows at once, so there is nothing to expect."""
+
+
+class HttpUpstream:
+    """`Upstream` for HTTP engines. Create it on the running loop that it will live on."""
+
+    def __init__(self, config: Config, *, idle_s: float = IDLE_S) -> None:
+        self._limit = config.upstream.connections
+        self._connect_s = config.timeouts.connect_secs
+        self._idle_s = idle_s
+        self._loop = asyncio.get_running_loop()
+        self._pools: dict[str, Pool] = {}
+        self._retired: list[Pool] = []
+        """Of removed instances, as long as answers are under way there."""
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<HttpUpstream {list(self._pools.values())}>"
+
+    def open(self, instance: Instance, request: UpstreamRequest, sink: Sink) -> Call:
+        call = HttpCall(self._loop, sink, self._connect_s)
+        try:
+            if self._closed:
+                raise ConnectFailed("the frontend is closing")
+            pool = self._pools.get(instance.url)
+            if pool is None:
+                pool = self._pools[instance.url] = Pool(instance.url, self._limit, self._loop, self._idle_s)
+            call.ask(pool, request)
+        except PenstockError as e:
+            self._loop.call_soon(call.fail, e)
+        return call
+
+    def forget(self, url: str) -> None:
+        """The instance was removed. Answers under way go on; nothing is kept for later ones."""
+        pool = self._pools.pop(url, None)
+        if pool is not None:
+            pool.retire()
+            self._retired = [p for p in (*self._retired, pool) if not p.is_empty]
+
+    def close(self) -> None:
+        """Ends every connection; calls still open hear `fail`. The transport is of no more use."""
+        self._closed = True
+        pools = [*self._pools.values(), *self._retired]
+        self._pools.clear()
+        self._retired.clear()
+        for pool in pools:
+            pool.close(UpstreamBroken("the frontend is closing"))
+
+
+class HttpCall:
+    """One request at one engine: `Call` for whoever forwards, `Exchange` and `Waiter` for the connection.
+
+    `sink` is None once the call has ended, in whichever way: that is what makes every end the only one.
+    """
+
+    __slots__ = (
+        "_connect_s",
+        "_connection",
+        "_deadline",
+        "_loop",
+        "_pool",
+        "_retried",
+        "_sink",
+        "body",
+        "head",
+        "head_only",
+        "paused",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sink: Sink, connect_s: float) -> None:
+        self.paused = False
+        self.head = b""
+        self.body = b""
+        self.head_only = False
+        self._loop = loop
+        self._connect_s = connect_s
+        self._sink: Sink | None = sink
+        self._pool: Pool | None = None
+        self._connection: Connection | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._retried = False
+
+    def __repr__(self) -> str:
+        state = "ended" if self._sink is None else "open" if self._connection else "waiting"
+        return f"<HttpCall {state}{' paused' if self.paused else ''}>"
+
+    def ask(self, pool: Pool, request: UpstreamRequest) -> None:
+        """Sends the request, or arranges that it will be. Raises what `fail` is to be told."""
+        self.head = request_head(pool.address.authority, request)
+        self.body = request.body
+        self.head_only = request.method == "HEAD"
+        self._pool = pool
+        connection = pool.idle()
+        if connection is not None:
+            self._connection = connection
+            connection.send(self)
+        else:
+            self._enter(pool)
+
+    # -- whoever forwards ----------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        if self._sink is not None:
+            self._end()
+
+    def pause(self) -> None:
+        if not self.paused and self._sink is not None:
+            self.paused = True
+            if self._connection is not None:
+                self._connection.pause()
+
+    def resume(self) -> None:
+        if self.paused and self._sink is not None:
+            self.paused = False
+            if self._connection is not None:
+                self._connection.resume()
+
+    # -- the connection's side -----------------------------------------------------------------------------
+
+    def connecting(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def start(self, status: int, headers: Headers) -> None:
+        if self._sink is not None:
+            self._sink.start(status, headers)
+
+    def write(self, data: bytes) -> None:
+        if self._sink is not None:
+            self._sink.write(data)
+
+    def finish(self) -> None:
+        sink = self._sink
+        if sink is not None:
+            self._connection = None  # already given back
+            self._end()
+            sink.finish()
+
+    def fail(self, error: PenstockError) -> None:
+        sink = self._sink
+        if sink is not None:
+            self._connection = None
+            self._end()
+            if self._retried and isinstance(error, ConnectFailed):
+                # The first copy of the request went out on the connection that broke; it may have been read.
+                error = UpstreamBroken(f"the connection broke before an answer; then: {error.message}")
+            sink.fail(error)
+
+    def went_stale(self) -> None:
+        pool = self._pool
+        assert pool is not None
+        self._connection = None
+        if self._retried:
+            self.fail(UpstreamBroken("the engine closed a kept connection instead of answering, twice"))
+            return
+        self._retried = True
+        # Not another kept one: what closed this one has most likely closed them all.
+        try:
+            self._enter(pool)
+        except EngineSaturated as e:
+            self.fail(e)
+
+    # -- ends ----------------------------------------------------------------------------------------------
+
+    def _enter(self, pool: Pool) -> None:
+        self._deadline = self._loop.call_later(self._connect_s, self._timed_out)
+        pool.enter(self)
+
+    def _timed_out(self) -> None:
+        self._deadline = None
+        connection = self._connection
+        if connection is not None and connection.is_dialled:
+            return
+        pool = self._pool
+        sink = self._sink
+        if sink is None or pool is None:
+            return
+        if connection is None:
+            error: PenstockError = EngineSaturated(f"no connection to {pool.url} became free in {self._connect_s:g} s")
+        else:
+            error = ConnectFailed(f"cannot connect to {pool.url} in {self._connect_s:g} s")
+        self._end()
+        sink.fail(error)
+
+    def _end(self) -> None:
+        self._sink = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        connection, pool = self._connection, self._pool
+        self._connection = None
+        if pool is not None:
+            if connection is not None:
+                pool.discard(connection)
+            else:
+                pool.leave(self)
+
+
+def request_head(authority: bytes, request: UpstreamRequest) -> bytes:
+    """Request line and headers, blank line included. Raises `BadRequest` for what would not be one request."""
+    try:
+        line = f"{request.method} {request.path} HTTP/1.1\r\nHost: ".encode("ascii")
+    except UnicodeEncodeError as e:
+        raise BadRequest("the path of the request must be ASCII; other characters are percent-encoded") from e
+    pieces = [line, authority]
+    lines = 3
+    for name, value in request.headers:
+        if name not in _NOT_SENT:
+            pieces += (b"\r\n", name, b": ", value)
+            lines += 1
+    if request.body or request.method not in ("GET", "HEAD"):
+        pieces.append(b"\r\nContent-Length: %d" % len(request.body))
+        lines += 1
+    pieces.append(b"\r\n\r\n")
+    head = b"".join(pieces)
+    # A line break smuggled in by a path or a header would start a second request (or a header) of its own.
+    if head.count(b"\r") != lines or head.count(b"\n") != lines or line.count(b" ") != 3 or b"\0" in head:
+        raise BadRequest("the path or a header of the request holds characters that HTTP does not allow there")
+    return head

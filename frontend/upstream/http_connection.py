@@ -1,0 +1,214 @@
+"""One keep-alive connection to an HTTP engine, carrying one request after another.
+
+              dial                    send                 complete and reusable
+    (nothing) ----> connecting ----> busy <-------------------------------------> idle
+                        |             | broken, cancelled, not reusable             | closed, too old
+                        +-------------+---------------------> gone <----------------+
+
+The pool decides who gets it, the call says what is asked and who hears the answer; here are only bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol, cast
+
+from broker.errors import PenstockError, UpstreamBroken
+from frontend.upstream.base import Headers
+from frontend.upstream.http_response import ResponseReader
+
+JOIN_BYTES = 64 * 1024
+"""Head and body go out in one write up to this size; above, copying costs more than a second system call."""
+
+
+class Exchange(Protocol):
+    """The call a connection serves, and no longer does after `finish`, `fail` or `went_stale`."""
+
+    paused: bool
+    head: bytes
+    body: bytes
+    head_only: bool
+
+    def start(self, status: int, headers: Headers) -> None: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def fail(self, error: PenstockError) -> None: ...
+
+    def went_stale(self) -> None:
+        """The engine had closed the kept connection before it could answer; nothing of an answer was heard."""
+
+
+class Owner(Protocol):
+    """What a connection knows of its pool."""
+
+    def spare(self, connection: Connection) -> None:
+        """It is idle and may be used again."""
+
+    def gone(self, connection: Connection) -> None:
+        """It is closed, and nothing of an answer is held in it. Told once; not when the dial did not succeed."""
+
+
+class Connection(asyncio.Protocol):
+    """Owned by its pool from the dial to `gone`; busy while `exchange` is set."""
+
+    __slots__ = (
+        "_answered",
+        "_closed",
+        "_loop",
+        "_owner",
+        "_reader",
+        "_started",
+        "_transport",
+        "_used",
+        "dial",
+        "exchange",
+    )
+
+    def __init__(self, owner: Owner, exchange: Exchange, loop: asyncio.AbstractEventLoop) -> None:
+        self.exchange: Exchange | None = exchange
+        self.dial: asyncio.Task[None] | None = None
+        """The task that connects; held here so that it lives, and can be cancelled."""
+        self._owner = owner
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._reader = ResponseReader()
+        self._started = False
+        self._answered = False
+        self._used = False
+        self._closed = False
+
+    def __repr__(self) -> str:
+        if self._transport is None:
+            state = "connecting" if self.exchange else "cancelled"
+        elif self._transport.is_closing():
+            state = "closing"
+        else:
+            state = "busy" if self.exchange else "idle"
+        return f"<Connection {state}>"
+
+    @property
+    def is_dialled(self) -> bool:
+        return self._transport is not None
+
+    @property
+    def is_usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, exchange: Exchange) -> None:
+        """Puts a request on the wire; the connection must be new or idle. Calls nothing back before it returns."""
+        transport = self._transport
+        assert transport is not None
+        self.exchange = exchange
+        self._started = self._answered = False
+        self._reader.begin(head_only=exchange.head_only)
+        head, body = exchange.head, exchange.body
+        if len(body) <= JOIN_BYTES:
+            transport.write(head + body)
+        else:
+            transport.write(head)
+            transport.write(body)
+        if exchange.paused:
+            transport.pause_reading()
+
+    def pause(self) -> None:
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Reads on. What was held back comes in a later turn of the loop, not from within this call."""
+        if self._transport is not None:
+            self._transport.resume_reading()
+            self._loop.call_soon(self._deliver)
+
+    def abort(self) -> None:
+        """Gives the connection up at once, unsent and unread bytes included; nobody hears of it but the pool."""
+        self.exchange = None
+        if self._closed:
+            self._owner.gone(self)
+        elif self._transport is not None:
+            self._transport.abort()
+        elif self.dial is not None:
+            self.dial.cancel()
+
+    # -- asyncio's callbacks -------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # asyncio and uvloop set TCP_NODELAY on every TCP connection; tests/frontend/upstream holds them to it.
+        transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+        self._transport = transport
+        if self.exchange is None:  # cancelled while the handshake was under way
+            transport.abort()
+        else:
+            self.send(self.exchange)
+
+    def data_received(self, data: bytes) -> None:
+        if self.exchange is None:  # an idle engine has nothing to say: whatever this is, it answers no request
+            self.abort()
+            return
+        self._answered = True
+        self._reader.feed(data)
+        self._deliver()
+
+    def eof_received(self) -> None:
+        if self.exchange is not None and self._answered:
+            self._reader.end()
+            self._deliver()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closed = True
+        exchange = self.exchange
+        if exchange is None:
+            self._owner.gone(self)
+        elif self._used and not self._answered:
+            self.abort()
+            exchange.went_stale()
+        else:
+            reader = self._reader
+            if not reader.complete and reader.error is None:
+                reader.error = UpstreamBroken(f"the connection to the engine broke: {exc or 'closed by the engine'}")
+            self._deliver()  # a paused client hears of it after the bytes held for it; until then we are not gone
+
+    # -- the answer on its way to the client ---------------------------------------------------------------
+
+    def _deliver(self) -> None:
+        """Passes on what has been read, unless the client is paused. The sink may cancel or pause at each call."""
+        exchange = self.exchange
+        if exchange is None:
+            return
+        reader = self._reader
+        if reader.status and not self._started:
+            if exchange.paused:
+                return
+            self._started = True
+            exchange.start(reader.status, reader.headers)
+            if self.exchange is not exchange:
+                return
+        if reader.has_body:
+            if exchange.paused:
+                return
+            exchange.write(reader.take())
+            if self.exchange is not exchange:
+                return
+        if reader.complete:
+            self._release(exchange)
+            exchange.finish()
+        elif reader.error is not None:
+            self.abort()
+            exchange.fail(reader.error)
+
+    def _release(self, exchange: Exchange) -> None:
+        """The response is whole: the connection is spare if both sides agree where it ended, else closed."""
+        transport = self._transport
+        assert transport is not None
+        self.exchange = None
+        # An early answer (413, say) may come while the body is still being sent: the rest of it would follow.
+        if self._reader.reusable and not transport.is_closing() and transport.get_write_buffer_size() == 0:
+            self._used = True
+            if exchange.paused:
+                transport.resume_reading()
+            self._owner.spare(self)
+        else:
+            self.abort()

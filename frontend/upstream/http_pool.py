@@ -1,0 +1,181 @@
+"""The connections to one HTTP engine: who gets which, how many there may be, how long they are kept.
+
+    call ---acquire---> idle connection (last used first) | new one, if below the limit | a place in the queue
+                                                                                            |
+         <--- spare, or a place freed by `gone` <--------------------------------------------+
+
+Waiting for a connection and connecting are bounded together by the connect timeout, and the queue by the limit
+of connections: a call that cannot be served soon is better served by another instance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from broker.errors import ConnectFailed, EngineSaturated, PenstockError
+from frontend.upstream.http_connection import Connection, Exchange
+
+IDLE_S = 60.0
+"""A connection unused for this long is closed."""
+
+
+class Waiter(Exchange, Protocol):
+    """A call that wants a connection."""
+
+    def connecting(self, connection: Connection) -> None:
+        """It will be served by this connection, which is free or being opened."""
+
+
+class Address:
+    """Where an instance's URL points. Raises `ConnectFailed` for what this transport cannot speak."""
+
+    __slots__ = ("authority", "host", "port")
+
+    def __init__(self, url: str) -> None:
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as e:
+            raise ConnectFailed(f"the URL {url!r} is malformed: {e}") from e
+        if parts.scheme != "http":
+            raise ConnectFailed(f"the URL {url!r} cannot be used: HTTP engines are reached by http:// alone")
+        if not parts.hostname or parts.username or parts.path not in ("", "/") or parts.query or parts.fragment:
+            raise ConnectFailed(f"the URL {url!r} cannot be used: http://host:port is expected")
+        self.host = parts.hostname
+        self.port = 80 if port is None else port
+        shown = f"[{self.host}]" if ":" in self.host else self.host
+        if not shown.isascii():
+            raise ConnectFailed(f"the URL {url!r} cannot be used: its host must be written in ASCII")
+        self.authority = f"{shown}:{self.port}".encode()
+        """For the Host header."""
+
+
+class Pool:
+    """Owns every connection to one engine. Used on the loop's thread alone."""
+
+    def __init__(self, url: str, limit: int, loop: asyncio.AbstractEventLoop, idle_s: float = IDLE_S) -> None:
+        """`limit`: connections open or being opened at once. Raises `ConnectFailed` for a URL it cannot use."""
+        self.url = url
+        self.address = Address(url)
+        self._limit = limit
+        self._loop = loop
+        self._idle_s = idle_s
+        self._connections: set[Connection] = set()
+        self._idle: dict[Connection, float] = {}
+        """Since when (loop time) each has been idle; the last one is the one used last."""
+        self._waiting: dict[Waiter, None] = {}
+        """In order of arrival; a dict, because leaving out of turn must not cost a search."""
+        self._reaper: asyncio.TimerHandle | None = None
+        self._retired = False
+
+    def __repr__(self) -> str:
+        busy = len(self._connections) - len(self._idle)
+        return f"<Pool {self.url} busy={busy} idle={len(self._idle)} waiting={len(self._waiting)}>"
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._connections and not self._waiting
+
+    def idle(self) -> Connection | None:
+        """The connection used last among those that are free and still open."""
+        while self._idle:
+            connection, _ = self._idle.popitem()
+            if connection.is_usable:
+                return connection
+        return None
+
+    def enter(self, waiter: Waiter) -> None:
+        """Opens a connection for a call, or queues it. Raises `EngineSaturated` when the queue is full, too."""
+        if len(self._connections) < self._limit:
+            self._open(waiter)
+        elif len(self._waiting) < self._limit:
+            self._waiting[waiter] = None
+        else:
+            raise EngineSaturated(f"all {self._limit} connections to {self.url} are busy, and as many requests wait")
+
+    def leave(self, waiter: Waiter) -> None:
+        """The call no longer waits; harmless if it did not."""
+        self._waiting.pop(waiter, None)
+
+    def discard(self, connection: Connection) -> None:
+        """Aborts a connection, in whatever state."""
+        connection.abort()
+        if not connection.is_dialled:
+            self.gone(connection)
+
+    def retire(self) -> None:
+        """The instance is gone: idle connections are closed now, busy ones when their answers have ended."""
+        self._retired = True
+        for connection in list(self._idle):
+            connection.abort()
+        self._idle.clear()
+
+    def close(self, error: PenstockError) -> None:
+        """Ends everything; calls under way or waiting hear the error."""
+        self.retire()
+        if self._reaper is not None:
+            self._reaper.cancel()
+            self._reaper = None
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        exchanges = [c.exchange for c in self._connections if c.exchange is not None]
+        for connection in list(self._connections):
+            self.discard(connection)
+        for exchange in [*exchanges, *waiting]:
+            exchange.fail(error)
+
+    # -- what connections report ---------------------------------------------------------------------------
+
+    def spare(self, connection: Connection) -> None:
+        waiter = next(iter(self._waiting), None)
+        if waiter is not None:
+            del self._waiting[waiter]
+            waiter.connecting(connection)
+            connection.send(waiter)
+        elif self._retired:
+            connection.abort()
+        else:
+            self._idle[connection] = self._loop.time()
+            if self._reaper is None:
+                self._reaper = self._loop.call_later(self._idle_s, self._reap)
+
+    def gone(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._idle.pop(connection, None)
+        waiter = next(iter(self._waiting), None)
+        if waiter is not None and len(self._connections) < self._limit:
+            del self._waiting[waiter]
+            self._open(waiter)
+
+    # -- opening and reaping -------------------------------------------------------------------------------
+
+    def _open(self, waiter: Waiter) -> None:
+        connection = Connection(self, waiter, self._loop)
+        self._connections.add(connection)
+        waiter.connecting(connection)
+        connection.dial = self._loop.create_task(self._dial(connection))
+
+    async def _dial(self, connection: Connection) -> None:
+        """The one task there is, once per new connection; the request is sent by `connection_made` already."""
+        try:
+            await self._loop.create_connection(lambda: connection, self.address.host, self.address.port)
+        except (OSError, UnicodeError, ValueError) as e:  # refused, unreachable, unknown or impossible name
+            exchange = connection.exchange
+            connection.exchange = None
+            self.gone(connection)
+            if exchange is not None:
+                error = ConnectFailed(f"cannot connect to {self.url}: {e}")
+                error.__cause__ = e
+                exchange.fail(error)
+
+    def _reap(self) -> None:
+        self._reaper = None
+        oldest_kept = self._loop.time() - self._idle_s
+        for connection, since in list(self._idle.items()):  # oldest first
+            if since > oldest_kept and connection.is_usable:
+                self._reaper = self._loop.call_later(since - oldest_kept, self._reap)
+                break
+            del self._idle[connection]
+            connection.abort()

@@ -1,0 +1,199 @@
+"""One request at a native engine: what its deltas mean, in which order, and what the client hears of them.
+
+    take(delta)* -> deliver()          several deltas of one drained batch become one write
+    fail(error)  -> deliver()
+
+Pure but for the sink it calls. The transport owns the socket and decides when to `deliver`; a call that was
+paused holds its bytes, up to a bound.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from broker.errors import ClientTooSlow, PenstockError, UpstreamBroken
+from broker.wire import CHUNK, DONE, ERROR
+from frontend.upstream.base import Headers, Sink
+
+SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+JSON: Headers = [(b"content-type", b"application/json")]
+
+
+class Owner(Protocol):
+    """What a call needs of its transport."""
+
+    def deliver_soon(self, call: ZmqCall) -> None:
+        """Calls `deliver` in a later turn of the loop."""
+
+    def abort(self, call: ZmqCall) -> None:
+        """The engine need not go on with it."""
+
+    def release(self, call: ZmqCall) -> None:
+        """It has ended and wants to hear no more."""
+
+
+class ZmqCall:
+    """`Call` for whoever forwards. `_sink` is None once it has heard the end or wants to hear no more."""
+
+    __slots__ = (
+        "_bound",
+        "_done",
+        "_error",
+        "_held_bytes",
+        "_next",
+        "_owner",
+        "_parts",
+        "_paused",
+        "_sink",
+        "_started",
+        "_status",
+        "_stream",
+        "id",
+        "peer",
+    )
+
+    def __init__(self, number: int, sink: Sink, owner: Owner, *, stream: bool, bound: int) -> None:
+        """`bound`: bytes it may hold while paused."""
+        self.id = number
+        self.peer: object = None
+        """Whose deltas count; None until the request was sent."""
+        self._sink: Sink | None = sink
+        self._owner = owner
+        self._stream = stream
+        self._bound = bound
+        self._next = 0
+        self._parts: list[bytes] = []
+        self._held_bytes = 0
+        self._status = 200
+        self._started = False
+        self._paused = False
+        self._done = False
+        self._error: PenstockError | None = None
+
+    def __repr__(self) -> str:
+        if self._sink is None:
+            state = "ended"
+        elif self._done or self._error:
+            state = "ending"
+        else:
+            state = "open"
+        return f"<ZmqCall {self.id} {state}{' paused' if self._paused else ''}>"
+
+    # -- whoever forwards ----------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        if self._sink is not None:
+            if not self._done and self._error is None:
+                self._owner.abort(self)
+            self._parts.clear()
+            self._end()
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._held_bytes = 0
+            if self._sink is not None:
+                self._owner.deliver_soon(self)
+
+    # -- the engine's side ---------------------------------------------------------------------------------
+
+    def take(self, delta: list[object]) -> bool:
+        """One delta of this call's engine. True if there was nothing to deliver before and is now.
+
+        A delta that is malformed or out of sequence ends the call: something of its answer is missing.
+        """
+        if self._done or self._error is not None or self._sink is None:
+            return False
+        quiet = not self._parts
+        sequence, kind, data = delta[1], delta[2], delta[3]
+        if sequence != self._next:
+            self.fail(UpstreamBroken(f"a part of the engine's answer was lost (part {self._next})"), abort=True)
+            return True
+        if type(data) is not bytes:
+            self.fail(UpstreamBroken("the engine sent a malformed part of an answer"), abort=True)
+            return True
+        self._next += 1
+        if kind == CHUNK:
+            if not data:
+                return False
+            self._parts.append(data)
+            if self._paused:
+                self._hold(len(data))
+            return quiet
+        if kind == DONE:
+            self._done = True
+            if data:
+                self._parts.append(data)
+        elif kind == ERROR:
+            status = delta[4] if len(delta) > 4 else None
+            if self._started or self._parts:
+                self._error = UpstreamBroken(f"the engine ended its answer with an error: {_shown(data)}")
+            else:  # the engine's own answer, passed on like any other
+                self._status = status if type(status) is int and 400 <= status <= 599 else 502
+                self._stream = False
+                self._done = True
+                if data:
+                    self._parts.append(data)
+        else:
+            self.fail(UpstreamBroken("the engine sent an unknown kind of part"), abort=True)
+        return True
+
+    def fail(self, error: PenstockError, *, abort: bool = False) -> None:
+        """Ends the call; the client hears of it at the next `deliver`, after what it has still to hear."""
+        if not self._done and self._error is None and self._sink is not None:
+            self._error = error
+            if abort:
+                self._owner.abort(self)
+
+    def deliver(self) -> None:
+        """Tells the sink what there is. It may cancel or pause at each call."""
+        sink = self._sink
+        if sink is None:
+            return
+        parts = self._parts
+        if parts or (self._done and not self._started):
+            if self._paused:
+                return
+            if not self._started:
+                self._started = True
+                sink.start(self._status, self._headers())
+                if self._sink is None or (parts and self._paused):
+                    return
+            if parts:
+                data = parts[0] if len(parts) == 1 else b"".join(parts)
+                parts.clear()
+                sink.write(data)
+                if self._sink is None:
+                    return
+        if self._done:
+            self._end()
+            sink.finish()
+        elif self._error is not None:
+            self._end()
+            sink.fail(self._error)
+
+    def _end(self) -> None:
+        self._sink = None
+        self._owner.release(self)
+
+    def _headers(self) -> Headers:
+        if self._stream:
+            return list(SSE)
+        if not self._done:
+            return list(JSON)
+        length = sum(map(len, self._parts))
+        return [*JSON, (b"content-length", b"%d" % length)]
+
+    def _hold(self, size: int) -> None:
+        self._held_bytes += size
+        if self._held_bytes > self._bound:
+            self._parts.clear()
+            self.fail(ClientTooSlow(f"the client left more than {self._bound} bytes of its answer unread"), abort=True)
+            self._owner.deliver_soon(self)
+
+
+def _shown(data: bytes) -> str:
+    return data[:200].decode("utf-8", "replace")
