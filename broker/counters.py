@@ -181,6 +181,16 @@ class FrontendCounters(CounterRow):
         self.totals[first + _BUCKETS] += int(seconds * 1e6)
 
 
+_IN_FLIGHT = (
+    CounterColumn.FINISHED,
+    CounterColumn.STARTED,
+    CounterColumn.TOKENS_FINISHED,
+    CounterColumn.TOKENS_STARTED,
+    CounterColumn.FINISHED,
+)
+"""In the order of loading."""
+
+
 class CountersReader:
     """Sums over the rows of all frontends that ever lived."""
 
@@ -200,17 +210,18 @@ class CountersReader:
         return self._slots[:rows, column, :slots]
 
     def in_flight(self, slot: int) -> tuple[int, int]:
-        """Requests and prompt tokens in flight at `slot`, now; never negative."""
+        """Requests and prompt tokens in flight at `slot`, now; never negative.
+
+        Looks again, twice at most, when a request finished meanwhile: a process that is put to sleep between the
+        loads would count all that began until it woke up.
+        """
         cells = self._slots[: self.rows, :, slot]
-        finished, started, tokens_finished, tokens_started = (
-            int(np.add.reduce(cells[:, column]))
-            for column in (
-                CounterColumn.FINISHED,
-                CounterColumn.STARTED,
-                CounterColumn.TOKENS_FINISHED,
-                CounterColumn.TOKENS_STARTED,
+        for _ in range(3):
+            finished, started, tokens_finished, tokens_started, again = (
+                int(np.add.reduce(cells[:, column])) for column in _IN_FLIGHT
             )
-        )
+            if finished == again:
+                break
         return started - finished, tokens_started - tokens_finished
 
     def settled(self, slot: int) -> list[int] | None:

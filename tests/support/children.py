@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -29,6 +30,11 @@ def child(target: Callable[..., None], *arguments: Any) -> Iterator[BaseProcess]
             os.kill(process.pid, signal.SIGKILL)
         process.join()
     assert alive or process.exitcode in (0, -signal.SIGKILL), f"{target.__name__} ended with {process.exitcode}"
+
+
+def pipe() -> tuple[Connection, Connection]:
+    """Two ends; one may be given to a child."""
+    return _processes.Pipe()
 
 
 def kill(process: BaseProcess) -> None:
