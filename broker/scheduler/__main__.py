@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import uvloop
 
 from broker import config, log
+from broker.errors import PenstockError
 from broker.scheduler.process import Scheduler
 from broker.table import TableWriter
 from shm.segment import SegmentError
@@ -30,16 +33,18 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = config.parse((args.run_dir / "config.json").read_bytes())
     log.setup(settings.log, "scheduler")
+    # A few descriptors per instance; the usual soft limit of 1,024 is meant for programs that use select().
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     try:
-        table = TableWriter.attach(args.run_dir, settings)
-    except SegmentError as e:
+        with (
+            contextlib.closing(TableWriter.attach(args.run_dir, settings)) as table,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            runner.run(serve(args.run_dir, settings, table, args.ready_fd, args.alive_fd))
+    except (SegmentError, PenstockError) as e:
         logger.error("cannot start: %s", e)
         return 1
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(args.run_dir, settings, table, args.ready_fd, args.alive_fd))
-    finally:
-        table.close()
     return 0
 
 

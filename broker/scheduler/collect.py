@@ -27,6 +27,8 @@ logger = logging.getLogger("scheduler")
 
 MAX_METRICS_BYTES = 8 * 1024 * 1024
 MAX_ANSWER_BYTES = 1024 * 1024
+JOIN_S = 3.0
+"""Beyond a health check's time; a frontend waits a little longer than the two together."""
 CONNECTIONS = 1024
 """To all engines together. Waiting for one counts against a question's time: hosts that hang must not use them up."""
 
@@ -61,34 +63,48 @@ class Collector:
     async def join(self, registration: Registration) -> Instance:
         """Probes a newcomer and finds out what its registration leaves open. Raises `Unhealthy`.
 
-        It must pass as many health checks in a row as one that comes back.
+        It must pass as many health checks in a row as one that comes back, all within the time of one and `JOIN_S`.
         """
-        instance = registration.instance
-        if instance.is_native:
-            return await self._join_native(instance)
-        endpoint = self._manager.health_check_endpoint
-        answers: dict[str, bytes] = {}
-        kind = registration.engine
-        if kind is None or not instance.models:
-            answers |= await self._ask(instance.url, MODELS_PATH)
-        if kind is None:
-            metrics = await self._get(instance.metrics_url, MAX_METRICS_BYTES)
-            if metrics is not None and metrics.status == 200:
-                answers[METRICS_PATH] = metrics.body
-            kind = recognise(Evidence(answers))
-            if registration.smells_of_fastdeploy and kind in (None, EngineKind.OPENAI):
-                kind = EngineKind.FASTDEPLOY
-        kind = kind or EngineKind.OPENAI
+        within_s = self._manager.health_check_timeout_secs + JOIN_S
+        try:
+            async with asyncio.timeout(within_s):
+                if registration.instance.is_native:
+                    return await self._join_native(registration.instance)
+                return await self._join(registration)
+        except TimeoutError as e:
+            raise Unhealthy(f"{registration.instance.url} is not healthy: no answers within {within_s:g} s") from e
+
+    async def _join(self, registration: Registration) -> Instance:
+        url = registration.instance.url
+        first = await self._get(url + self._manager.health_check_endpoint)
+        if first is None or first.status not in (200, 404):  # what 404 means is known when the kind is
+            raise self._unhealthy(url, first)
+        answers = await self._ask(url, MODELS_PATH)
+        kind = registration.engine or await self._recognise(registration, answers)
         for path in DIALECTS[kind].join_paths:
-            answers |= await self._ask(instance.url, path)
+            answers |= await self._ask(url, path)
         evidence = Evidence(answers)
-        host = urlsplit(instance.url).hostname or ""
+        host = urlsplit(url).hostname or ""
         publishes = DIALECTS[kind].publishes(evidence, f"[{host}]" if ":" in host else host)
         instance = registration.joined(kind, evidence.models(), publishes)
-        for _ in range(self._manager.health_success_threshold):
+        for _ in range(self._manager.health_success_threshold - (first.status == 200)):
             if not await self.is_healthy(instance):
-                raise Unhealthy(f"{instance.url} is not healthy: {endpoint} does not answer 200")
+                raise self._unhealthy(url, first)
         return instance
+
+    async def _recognise(self, registration: Registration, answers: dict[str, bytes]) -> EngineKind:
+        metrics = await self._get(registration.instance.metrics_url, MAX_METRICS_BYTES)
+        if metrics is not None and metrics.status == 200:
+            answers = {**answers, METRICS_PATH: metrics.body}
+        kind = recognise(Evidence(answers)) or EngineKind.OPENAI
+        if kind is EngineKind.OPENAI and registration.smells_of_fastdeploy:
+            return EngineKind.FASTDEPLOY
+        return kind
+
+    def _unhealthy(self, url: str, answer: Answer | None) -> Unhealthy:
+        asked = url + self._manager.health_check_endpoint
+        said = "does not answer" if answer is None else "does not answer 200 every time"
+        return Unhealthy(f"{url} is not healthy: {asked} {said}")
 
     async def is_healthy(self, instance: Instance) -> bool:
         """One health check: status 200, exactly."""

@@ -128,14 +128,13 @@ class LoadFeed:
             self._inbox.forget(url)
         for url, endpoints in wanted.items():
             if url not in self._followed:
-                socket = self._subscriber()
-                port = Port(self._loop, socket, partial(self._hear, url=url))
-                self._followed[url] = endpoints, port
-                for endpoint in endpoints.split(","):
-                    try:
+                try:
+                    socket = self._subscriber()
+                    self._followed[url] = endpoints, Port(self._loop, socket, partial(self._hear, url=url))
+                    for endpoint in endpoints.split(","):
                         socket.connect(endpoint)
-                    except zmq.ZMQError as e:
-                        logger.warning("%s: cannot follow its load at %s: %s", url, endpoint, e)
+                except zmq.ZMQError as e:
+                    logger.warning("%s: cannot follow its load at %s: %s", url, endpoints, e)
 
     def close(self) -> None:
         self.follow({})

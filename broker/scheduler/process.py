@@ -24,7 +24,7 @@ import zmq
 
 from broker import wire
 from broker.config import Config
-from broker.errors import WireError
+from broker.errors import ConfigError, WireError
 from broker.scheduler.collect import Collector
 from broker.scheduler.events import LoadFeed, Source
 from broker.scheduler.registrar import Registrar, answer
@@ -53,11 +53,11 @@ class Scheduler:
     def __init__(self, run_dir: Path, config: Config, table: TableWriter) -> None:
         """Takes the table over. Called with the loop running."""
         self._run_dir = run_dir
-        self._engine_binds = config.engines
         self._table = table
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[Any] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, config.shm.slots + 64)  # one per instance that is followed, and a few
         self._tally = Tally()
         self._registry = Registry(table, config, time.monotonic_ns())
         self._followed_changes = -1
@@ -69,7 +69,10 @@ class Scheduler:
         self._stopping.set()
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Serves until `stop`. `ready()` when the configured instances have had their first chance."""
+        """Serves until `stop`. `ready()` when the configured instances have had their first chance.
+
+        Raises ConfigError when a socket cannot be bound.
+        """
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._context.term)
             self._open(stack)
@@ -94,14 +97,20 @@ class Scheduler:
     def _open(self, stack: contextlib.AsyncExitStack) -> None:
         """Binds everything; what is already waiting there is read in the loop's next turn."""
         stack.callback(self._feed.close)
-        self._frontends = self._router(CONTROL_SOCKET, "", self._from_frontend)
-        stack.callback(self._frontends.close)
-        self._engines = self._router(ENGINES_SOCKET, self._engine_binds.control_bind, self._from_engine)
-        stack.callback(self._engines.close)
-        self._feed.bind([self._ipc(LOAD_SOCKET), *filter(None, [self._engine_binds.load_bind])])
+        binds = self._config.engines
+        try:
+            self._frontends = self._router(stack, CONTROL_SOCKET, "", self._from_frontend)
+            self._engines = self._router(stack, ENGINES_SOCKET, binds.control_bind, self._from_engine)
+            self._feed.bind([self._ipc(LOAD_SOCKET), *filter(None, [binds.load_bind])])
+        except zmq.ZMQError as e:
+            where = ", ".join(filter(None, [str(self._run_dir), binds.control_bind, binds.load_bind]))
+            raise ConfigError(f"cannot bind the sockets for engines ({where}): {e}") from e
 
-    def _router(self, name: str, bind: str, handle: Callable[[bytes, bytes], None]) -> Port:
+    def _router(
+        self, stack: contextlib.AsyncExitStack, name: str, bind: str, handle: Callable[[bytes, bytes], None]
+    ) -> Port:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        stack.callback(socket.close)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, HWM)
         socket.setsockopt(zmq.RCVHWM, HWM)
@@ -112,7 +121,9 @@ class Scheduler:
         socket.bind(self._ipc(name))
         if bind:
             socket.bind(bind)
-        return Port(self._loop, socket, partial(self._receive, name, handle))
+        port = Port(self._loop, socket, partial(self._receive, name, handle))
+        stack.callback(port.close)
+        return port
 
     def _ipc(self, name: str) -> str:
         path = self._run_dir / name

@@ -59,7 +59,12 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def rejoined(self, known: Instance) -> Instance:
-        """The instance when one that is known and well registers again: what probing found then still holds."""
+        """The instance when one that is known and well registers again: what probing found then still holds.
+
+        A native engine's own hello has precedence over what others say of it.
+        """
+        if known.is_native:
+            return known
         return self.joined(self.engine or known.engine, known.models, known.load_endpoint)
 
 

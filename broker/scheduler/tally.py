@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, MutableSequence
+from collections.abc import MutableSequence
 from enum import IntEnum
 
 logger = logging.getLogger("scheduler")
@@ -54,6 +54,3 @@ class Tally:
             return False
         self._peers.add(what)
         return True
-
-    def forget(self, whats: Iterable[object]) -> None:
-        self._peers.difference_update(whats)

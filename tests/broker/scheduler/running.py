@@ -109,11 +109,11 @@ class RunningScheduler:
 
     # -- what the tests say to it ------------------------------------------------------------------------------
 
-    def dealer(self, name: str) -> zmq.Socket[bytes]:
+    def dealer(self, name: str, endpoint: str = "") -> zmq.Socket[bytes]:
         socket = self.context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVTIMEO, 10_000)
-        socket.connect(f"ipc://{self.run_dir / name}")
+        socket.connect(endpoint or f"ipc://{self.run_dir / name}")
         return socket
 
     def kept(self, socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
@@ -132,8 +132,8 @@ class RunningScheduler:
     def register(self, **fields: object) -> tuple[int, dict[str, Any]]:
         return self.call(wire.Register(7, json.dumps(fields).encode()))
 
-    def engine(self, **fields: object) -> NativeEngine:
-        return NativeEngine(self, **fields)
+    def engine(self, *, endpoint: str = "", control: str = "", load: str = "") -> NativeEngine:
+        return NativeEngine(self, endpoint, control, load)
 
     # -- what the frontends see --------------------------------------------------------------------------------
 
@@ -168,14 +168,14 @@ class RunningScheduler:
 class NativeEngine:
     """The scheduler's side of a native engine, spoken message by message."""
 
-    def __init__(self, scheduler: RunningScheduler, *, endpoint: str = "", capacity: int = 4) -> None:
+    def __init__(self, scheduler: RunningScheduler, endpoint: str = "", control: str = "", load: str = "") -> None:
         self.incarnation = secrets.token_bytes(wire.INCARNATION_BYTES)
         self.endpoint = endpoint or f"ipc://@penstock-test-{self.incarnation.hex()}"
-        self.capacity = capacity
-        self._socket = scheduler.kept(scheduler.dealer("engines.sock"))
+        self.capacity = 4
+        self._socket = scheduler.kept(scheduler.dealer("engines.sock", control))
         self._publisher = scheduler.kept(scheduler.context.socket(zmq.PUB))
         self._publisher.setsockopt(zmq.LINGER, 0)
-        self._publisher.connect(f"ipc://{scheduler.run_dir / 'load.sock'}")
+        self._publisher.connect(load or f"ipc://{scheduler.run_dir / 'load.sock'}")
         self._sequence = 0
 
     def say(self, message: wire.EngineToScheduler) -> wire.SchedulerToEngine:

@@ -324,6 +324,11 @@ def test_a_second_registration_keeps_what_probing_found() -> None:
     assert registration.rejoined(known) == known
 
 
+def test_a_native_engines_own_word_has_precedence_over_what_others_register() -> None:
+    known = from_hello(hello(endpoint="tcp://10.0.0.1:8000"), False)
+    assert parse({**BASE, "engine": "native"}, False).rejoined(known) == known
+
+
 # -- native engines ----------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from broker import wire
 from broker.types import EngineKind, Role
 from tests.broker.scheduler.fake_engine import FakeEngine, vllm
 from tests.broker.scheduler.running import NativeEngine, RunningScheduler, scheduler, settings
+from tests.support.processes import free_port
 from tests.support.waiting import until
 
 
@@ -31,13 +32,6 @@ def running() -> Iterator[RunningScheduler]:
 def engine() -> Iterator[FakeEngine]:
     with FakeEngine(vllm()) as it:
         yield it
-
-
-def closed_port() -> int:
-    """A port of this machine at which nobody listens: bound by us for the moment of asking only."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def body(engine: FakeEngine, /, **fields: object) -> dict[str, object]:
@@ -59,7 +53,7 @@ def test_400_names_the_field(running: RunningScheduler) -> None:
 
 
 def test_503_when_it_does_not_answer(running: RunningScheduler, engine: FakeEngine) -> None:
-    status, answer = running.register(role="mixed", host_ip="127.0.0.1", port=closed_port())
+    status, answer = running.register(role="mixed", host_ip="127.0.0.1", port=free_port())
     assert (status, answer["error"]["code"]) == (503, "not_healthy")
     engine.answers["/health"] = (503, b"")
     assert running.register(**body(engine))[0] == 503
@@ -281,6 +275,31 @@ def test_ctrl_c_is_the_supervisors_business(running: RunningScheduler, engine: F
     assert running.register(**body(engine))[0] == 200
 
 
+def test_an_address_in_use_is_a_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        bind = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with scheduler(settings(engines={"control-bind": bind}), started=False) as it:
+            with pytest.raises(AssertionError, match="cannot bind the sockets for engines"):
+                it.start()
+            assert it.ended() == 1
+
+
+def test_engines_of_other_machines_come_by_tcp() -> None:
+    control, load = f"tcp://127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}"
+    with scheduler(settings(engines={"control-bind": control, "load-bind": load})) as it:
+        native = it.engine(control=control, load=load)
+        native.hello()
+
+        def published() -> bool:
+            native.beat()
+            native.publish(1, 0)
+            return it.load(native.endpoint) == (1, 0, 500)
+
+        until(published, what="its load")
+
+
 def test_missing_segments_are_a_sentence(tmp_path: Path) -> None:
     with scheduler(settings(), started=False) as it:
         (it.run_dir / "load").unlink()
@@ -293,7 +312,7 @@ def test_missing_segments_are_a_sentence(tmp_path: Path) -> None:
 
 
 def test_register_yaml_has_its_first_pass_before_ready_and_is_tried_again(engine: FakeEngine, tmp_path: Path) -> None:
-    port = closed_port()
+    port = free_port()
     listed = tmp_path / "register.yaml"
     listed.write_text(
         f"""
