@@ -43,8 +43,8 @@ logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
 def application(inference: Inference, admin: Admin) -> Starlette:
-    """The routes."""
-    return Starlette(
+    """The routes. A path is what it is: no redirects for slashes, which would send clients their bodies again."""
+    app = Starlette(
         routes=[
             Route("/v1/models", admin.models, methods=["GET"]),
             Route("/v1/models/{model:path}", admin.model, methods=["GET"]),
@@ -59,6 +59,8 @@ def application(inference: Inference, admin: Admin) -> Starlette:
         ],
         exception_handlers={HTTPException: _no_route, PenstockError: _refused, Exception: _internal},
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 async def serve(

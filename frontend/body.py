@@ -56,7 +56,7 @@ def _parse_slowly(data: bytes, fast: Exception) -> Body:
     A client that cuts a text within an emoji sends such a surrogate; every Python engine answers it.
     """
     try:
-        tree = json.loads(data, parse_constant=_no_constant)
+        tree = json.loads(data.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
         raise BadRequest(f"the body is not valid JSON: {fast}") from e
     if not isinstance(tree, dict):

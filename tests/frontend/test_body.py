@@ -1,0 +1,81 @@
+"""What is understood of a body: session, text, tokens."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.errors import BadRequest
+from frontend import body
+
+
+def read(tree: Any) -> body.Body:
+    return body.parse(json.dumps(tree).encode())
+
+
+@pytest.mark.parametrize(
+    ("tree", "text", "tokens"),
+    [
+        ({}, "", 0),
+        ({"messages": [{"role": "user", "content": "12345"}]}, "12345", 2),
+        ({"messages": [{"content": "ab"}, {"content": "cd"}]}, "ab\ncd", 1),
+        ({"messages": [{"content": [{"type": "text", "text": "abcd"}, {"type": "image_url"}]}]}, "abcd", 1),
+        ({"messages": [{"content": None, "tool_calls": []}]}, "", 0),
+        ({"prompt": "é"}, "é", 1),
+        ({"prompt": "éééé€"}, "éééé€", 3),
+        ({"prompt": ["ab", "cd"]}, "ab\ncd", 1),
+        ({"prompt": [1, 2, 3]}, "", 3),
+        ({"prompt": [[1, 2], [3, 4, 5]]}, "", 5),
+        ({"prompt": []}, "", 0),
+        ({"input": "abcd"}, "abcd", 1),
+        ({"input": [7] * 9}, "", 9),
+    ],
+)  # fmt: skip
+def test_text_is_estimated_and_token_ids_are_counted(tree: Any, text: str, tokens: int) -> None:
+    assert read(tree).text() == (text, tokens)
+
+
+def test_a_cut_emoji_does_not_stop_a_request() -> None:
+    read = body.parse(b'{"model": "m", "prompt": "a\\ud83d"}')
+    assert read.model == "m"
+    assert read.text() == ("a\ud83d", 1)
+
+
+@pytest.mark.parametrize(("value", "session"), [("s", "s"), (5, "5"), ("", None), (None, None), ([], None), ({}, None)])
+def test_a_session_is_a_text_or_a_number(value: Any, session: str | None) -> None:
+    assert read({"session_id": value}).session() == session
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from(("messages", "prompt", "input", "session_id", "content")), json_values))
+def test_any_shape_of_the_rest_is_tolerated(tree: dict[str, Any]) -> None:
+    text, tokens = read(tree).text()
+    assert isinstance(text, str)
+    assert tokens >= 0
+
+
+@given(st.binary(max_size=64) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_whatever_comes_is_read_or_refused(data: bytes) -> None:
+    try:
+        read = body.parse(data)
+    except BadRequest:
+        return
+    assert isinstance(json.loads(data), dict)
+    assert read.model is None or isinstance(read.model, str)
+    assert read.stream is None or isinstance(read.stream, bool)
+
+
+def test_deep_nesting_is_refused_not_a_crash() -> None:
+    for opening in (b'{"a":', b'{"messages":['):
+        with pytest.raises(BadRequest):
+            body.parse(opening * 200_000)
