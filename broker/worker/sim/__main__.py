@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
 import orjson
-import uvicorn
 import uvloop
 from starlette.applications import Starlette
 
@@ -30,6 +28,7 @@ from broker.worker.sim.engine import SimulatedEngine
 from broker.worker.sim.faults import Faults
 from broker.worker.sim.model import Speeds
 from broker.worker.sim.native import NativeRunner
+from broker.worker.sim.server import Server
 
 N = TypeVar("N", int, float)
 
@@ -120,7 +119,7 @@ async def _serve_http(options: argparse.Namespace, sim: SimulatedEngine) -> None
     stop = _stop_event(options.alive_fd)
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(sim.run())]
-        server = _Server(http.app(sim, lambda: me))
+        server = Server(http.app(sim, lambda: me), DRAIN_S)
         serving = tasks.create_task(server.serve([listener]))
         await server.listening.wait()
         url = f"http://{options.host}:{port}"
@@ -153,11 +152,11 @@ async def _serve_zmq(options: argparse.Namespace, sim: SimulatedEngine, transfer
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(sim.run())
         admin = ""
-        server: _Server | None = None
+        server: Server | None = None
         if options.admin_port is not None:
             listener = _listen(options.host, options.admin_port)
             admin = f"http://{options.host}:{listener.getsockname()[1]}"
-            server = _Server(Starlette(routes=list(http.admin_routes(sim, options.dialect))))
+            server = Server(Starlette(routes=list(http.admin_routes(sim, options.dialect))), DRAIN_S)
             tasks.create_task(server.serve([listener]))
             await server.listening.wait()
         engine.start()
@@ -167,31 +166,6 @@ async def _serve_zmq(options: argparse.Namespace, sim: SimulatedEngine, transfer
         running.cancel()
         if server is not None:
             server.should_exit = True
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handling: ending is our own business."""
-
-    def __init__(self, app: Starlette) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                log_level="critical",  # an answer cut short on purpose is no news
-                access_log=False,
-                timeout_graceful_shutdown=int(DRAIN_S),
-                timeout_keep_alive=75,
-            )
-        )
-        self.listening = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
 
 
 def _listen(host: str, port: int) -> socket.socket:

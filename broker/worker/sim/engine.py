@@ -218,8 +218,8 @@ class SimulatedEngine:
                 await self._work.wait()
                 due = time.monotonic()
                 continue
-            for number in step.admitted:
-                self._jobs[number].cached = self.model.cached_of(number)
+            for number, cached in step.admitted.items():
+                self._jobs[number].cached = cached
             due = max(due, time.monotonic() - 0.1) + (step.ends - step.begins) * self.faults.slow / self._speed
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             self._deliver(step)

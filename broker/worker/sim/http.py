@@ -20,8 +20,8 @@ from broker.worker.sim.engine import CREATED, KINDS, Job, SimulatedEngine
 
 JSON = "application/json"
 STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-NO_HEAD = (b"this is\r\nno header", b"of HTTP")
-"""Breaks the head: a line without a colon."""
+NO_HEAD = (b"x-sim-malformed", b"head")
+"""Makes `server.py` replace the whole head by something that is none."""
 
 
 def admin_routes(sim: SimulatedEngine, dialect: str) -> list[Route]:

@@ -70,7 +70,8 @@ class Step:
     """Ids of the sequences that produced a token, in order of admission."""
     finished: list[int]
     """Those of them whose token was the last."""
-    admitted: list[int]
+    admitted: dict[int, int]
+    """Ids taken out of the queue, in its order, with the prompt tokens that each found in the cache."""
     events: list[Event] = field(default_factory=list)
 
 
@@ -121,11 +122,6 @@ class Model:
         elif (running := self._running.pop(id, None)) is not None:
             self._release(running)
 
-    def cached_of(self, id: int) -> int:
-        """Prompt tokens that a running request took from the cache."""
-        sequence = self._running.get(id)
-        return sequence.cached if sequence is not None else 0
-
     def step(self, now: float) -> Step | None:
         """One step that begins now; None when there is nothing to do."""
         admitted = self._admit()
@@ -146,8 +142,8 @@ class Model:
         events, self.cache.events = self.cache.events, []
         return Step(now, now + seconds, [s.id for s in decoding], finished, admitted, events)
 
-    def _admit(self) -> list[int]:
-        admitted = []
+    def _admit(self) -> dict[int, int]:
+        admitted = {}
         while self._waiting and len(self._running) < self.speeds.batch:
             sequence = next(iter(self._waiting.values()))
             reusable = (len(sequence.prompt) - 1) // self.speeds.block_size
@@ -162,7 +158,7 @@ class Model:
             self._running[sequence.id] = sequence
             self.prompt_tokens += len(sequence.prompt)
             self.cached_tokens += sequence.cached
-            admitted.append(sequence.id)
+            admitted[sequence.id] = sequence.cached
         return admitted
 
     def _prefill(self) -> int:
