@@ -31,13 +31,18 @@ from broker.config import Config
 from broker.counters import CounterColumn, CountersReader, attach_counters
 from broker.errors import ModelNotFound, NoInstance
 from broker.table import BEAT_S, HOLDS_INSTANCE, LOAD, MAX_BLOB_BYTES, Cell, Column, State, decode, load_layout
-from broker.types import Instance, Role, Trust
+from broker.types import Instance, Role
 from shm.segment import Segment
 from shm.seqlock import RowReader
 
 Vector = NDArray[np.int64]
 
 _READY = int(State.READY)
+_LOAD_COLUMNS = slice(int(Column.TRUST), Column.IN_FLIGHT_THEN + 1)
+"""The columns that a view shows."""
+_NEVER = 2**63 - 1
+_STATES = list(State)
+_HOLDS = np.array([state in HOLDS_INSTANCE for state in State])
 _ALIVE_NS = int(6 * BEAT_S * 1e9)
 """The scheduler counts as alive this long after its last beat."""
 
@@ -62,7 +67,7 @@ class Candidates:
         self.generations = generations
         """By slot; may know more slots than are candidates."""
         self._stamp = -1
-        self._columns: dict[int, Vector] = {}
+        self._columns: Vector = np.empty((0, 0), dtype=np.int64)
         self._report: tuple[Vector, Vector] | None = None
         self._report_until_ns = 0
 
@@ -78,17 +83,15 @@ class Candidates:
         return Candidates(self.slots[kept], self.generations)
 
     def column(self, snapshot: Vector, stamp: int, column: int) -> Vector:
-        """The cells of `column` over the candidates, kept while `stamp` stands. Read-only."""
+        """The cells of a column of the load over the candidates, kept while `stamp` stands. Read-only."""
         if stamp != self._stamp:
-            self._columns.clear()
+            # All nine at once: 0.7 us for 8 candidates, where six single ones take 3.4; for 1,024 both take 8.
+            self._columns = snapshot[_LOAD_COLUMNS].take(self.slots, axis=1)
+            self._columns.setflags(write=False)
             self._report = None
             self._stamp = stamp
-        found = self._columns.get(column)
-        if found is None:
-            found = snapshot[column].take(self.slots)
-            found.setflags(write=False)
-            self._columns[column] = found
-        return found
+        cells: Vector = self._columns[column - _LOAD_COLUMNS.start]
+        return cells
 
     def report(self, snapshot: Vector, stamp: int, now_ns: int, stale_after_ns: int) -> tuple[Vector, Vector]:
         """What the reports that count add to the live counters, and the trust in each report."""
@@ -96,16 +99,16 @@ class Candidates:
         if self._report is None or now_ns > self._report_until_ns:
             running = self.column(snapshot, stamp, Column.RUNNING)
             waiting = self.column(snapshot, stamp, Column.WAITING)
-            then = self.column(snapshot, stamp, Column.IN_FLIGHT_THEN)
-            fresh = reported_ns > now_ns - stale_after_ns
-            fresh &= reported_ns > 0
-            trust = np.where(fresh, self.column(snapshot, stamp, Column.TRUST), int(Trust.STALE))
+            fresh = reported_ns > max(now_ns - stale_after_ns, 0)
+            added = running + waiting
+            added -= self.column(snapshot, stamp, Column.IN_FLIGHT_THEN)
+            added *= fresh & (running >= 0) & (waiting >= 0)
+            trust = self.column(snapshot, stamp, Column.TRUST) * fresh  # STALE is 0
             trust.setflags(write=False)
-            told = fresh & (running >= 0) & (waiting >= 0)
-            self._report = np.where(told, running + waiting - then, 0), trust
+            self._report = added, trust
             # Until the oldest of the fresh ones is too old; a new report changes the stamp.
-            oldest = reported_ns[fresh].min() if fresh.any() else now_ns
-            self._report_until_ns = int(oldest) + stale_after_ns - 1 if fresh.any() else np.iinfo(np.int64).max
+            ages = reported_ns[fresh]
+            self._report_until_ns = int(np.minimum.reduce(ages)) + stale_after_ns - 1 if len(ages) else _NEVER
         return self._report
 
 
@@ -419,14 +422,16 @@ class TableReader:
         self._decoded = {slot: kept for slot, kept in self._decoded.items() if slot in self._entries}
 
     def _found(self) -> Iterator[Entry]:
-        states = self.snapshot[Column.STATE]
-        for slot in np.flatnonzero(np.isin(states, list(HOLDS_INSTANCE))).tolist():
-            generation = int(self.snapshot[Column.GENERATION, slot])
-            instance = self._decode(slot, generation, int(self.snapshot[Column.BLOB_VERSION, slot]))
+        """The instances in the snapshot that can be decoded."""
+        held = np.flatnonzero(_HOLDS[self.snapshot[Column.STATE]])
+        columns = Column.STATE, Column.GENERATION, Column.BLOB_VERSION
+        rows = zip(held.tolist(), *(self.snapshot[column, held].tolist() for column in columns), strict=True)
+        for slot, state, generation, version in rows:
+            instance = self._decode(slot, generation, version)
             if instance is None:
                 self._missed = True
             else:
-                yield Entry(slot, generation, State(int(states[slot])), instance)
+                yield Entry(slot, generation, _STATES[state], instance)
 
     def _decode(self, slot: int, generation: int, version: int) -> Instance | None:
         """The instance of the snapshot's row, or None if it has changed since and there is no earlier decoding."""
