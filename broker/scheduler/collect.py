@@ -79,7 +79,8 @@ class Collector:
         first = await self._get(url + self._manager.health_check_endpoint)
         if first is None or first.status not in (200, 404):  # what 404 means is known when the kind is
             raise self._unhealthy(url, first)
-        answers = await self._ask(url, MODELS_PATH)
+        complete = registration.engine is not None and registration.names_models
+        answers = {} if complete else await self._ask(url, MODELS_PATH)
         kind = registration.engine or await self._recognise(registration, answers)
         for path in DIALECTS[kind].join_paths:
             answers |= await self._ask(url, path)

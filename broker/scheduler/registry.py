@@ -72,6 +72,8 @@ class Member:
     probe_ns: int = 0
     """When the next health check is due."""
     checks: int = 0
+    poll_ns: int = 0
+    """When `/metrics` is due."""
     asks_models: bool = False
     """Its models were found by asking it, so they are asked for again from time to time."""
 

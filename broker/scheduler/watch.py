@@ -28,18 +28,18 @@ class Watch:
         self._collector = collector
         self._tally = tally
         self._poll_ns = int(manager.metrics_interval_secs * SECOND_NS)
-        self._next_poll_ns = 0
         self._errands = Errands()
 
     def turn(self, now_ns: int) -> None:
         """Starts what is due; an engine that still owes the last answer is not asked again."""
         for member in self._registry.due(now_ns):
             self._errands.start(("health of", member.instance.url), self._check(member))
-        if now_ns >= self._next_poll_ns:
-            self._next_poll_ns = max(self._next_poll_ns + self._poll_ns, now_ns)
-            for member in self._registry:
-                if member.instance.metrics_url and member.healthy:
-                    self._errands.start(("load of", member.instance.url), self._poll(member))
+        for member in self._registry:
+            if now_ns >= member.poll_ns and member.instance.metrics_url and member.healthy:
+                # The first time is put off by the slot, so that a fleet is not polled in one burst.
+                wait = self._poll_ns if member.poll_ns else self._poll_ns * (member.slot % 16) // 16
+                member.poll_ns = now_ns + wait
+                self._errands.start(("load of", member.instance.url), self._poll(member))
 
     async def close(self) -> None:
         await self._errands.close()
