@@ -65,7 +65,6 @@ class Meter:
         pids = family(launch.process.pid) if launch.process else []
         engine = [launch.engines.process.pid]
         totals = Totals.read(launch.base) if launch.router.ours else None
-        idle = memory(pids)
         before, engine_before, usage, own = cpu_s(pids), cpu_s(engine), Usage.now(), _own_cpu_s()
 
         if scenario.kind is Kind.HOLD:
@@ -98,8 +97,8 @@ class Meter:
         if launch.process and scenario.kind is Kind.STREAM and run["events"]:
             sample["cpu_us_per_event"] = round(1e6 * router_s / run["events"], 3)
         if scenario.kind is Kind.HOLD:
-            sample["idle_private_kib"] = idle.private
-            sample["kib_per_stream"] = round((held.private - idle.private) / scenario.connections, 2)
+            sample["idle_private_kib"] = launch.idle_private_kib
+            sample["kib_per_stream"] = round((held.private - launch.idle_private_kib) / scenario.connections, 2)
         if launch.workers > 1 and len(spent) > 1:
             first, second = sorted(spent.values(), reverse=True)[:2]
             sample["second_share"] = round(second / max(first + second, 0.01), 3)

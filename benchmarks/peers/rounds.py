@@ -124,6 +124,7 @@ def _noise(sample: Sample) -> float:
 def _idle(mode: Mode, launch: Launch) -> Sample:
     """What a router holds before its first load, process by process."""
     pids = family(launch.process.pid) if launch.process else []
+    launch.idle_private_kib = memory(pids).private
     return {
         "mode": mode.name,
         "scenario": "idle",

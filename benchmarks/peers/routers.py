@@ -78,8 +78,9 @@ PENSTOCK = """\
 server: {splitwise: false}
 scheduler: {policy: $policy}
 log: {level: info, output: file}
+upstream: {connections: 4096}
 """
-"""Everything on: one log line per request is part of the duty."""
+"""Everything on: one log line per request is part of the duty. 5,000 open streams on 4 engines need the connections."""
 
 
 def _rust(name: str, program: str, policy: str) -> Router:
@@ -172,6 +173,8 @@ class Launch:
         self.workers = workers
         self.label = router.name if workers == 1 else f"{router.name}@{workers}"
         self.process: subprocess.Popen[str] | None = None
+        self.idle_private_kib = 0
+        """What it held before its first load; set once it has settled."""
         self.engines: Engines = http
         self.command: list[str] = []
         self.files: dict[str, str] = {}
