@@ -64,7 +64,11 @@ def app(sim: SimulatedEngine, me: Callable[[], pd.Identity]) -> Starlette:
         return _json({"object": "list", "data": data})
 
     async def transfer(request: HttpRequest) -> Response:
-        proof = await handover.take(request.path_params["key"])
+        try:
+            wait_s = min(float(request.query_params.get("wait_s", pd.WAIT_S)), pd.WAIT_S)
+        except ValueError:
+            return Response(status_code=400)
+        proof = await handover.take(request.path_params["key"], wait_s)
         if proof is None:
             return Response(status_code=404)
         return _json({"name": proof.name, "proof": proof.proof})

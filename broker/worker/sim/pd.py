@@ -1,6 +1,6 @@
 """Prefill/decode disaggregation as each dialect does it, small but strict.
 
-What a prefill computed waits under a key at `GET /sim/transfer/{key}` of its HTTP port, once:
+What a prefill computed waits under a key at `GET /sim/transfer/{key}?wait_s=N` of its HTTP port, to be taken once:
 
     dialect     key                      where decode looks for it
     vllm        remote_request_id        remote_host:remote_port of `kv_transfer_params`     (sequential, NIXL)
@@ -57,13 +57,13 @@ class Handover:
         if len(self._ready) > KEPT:
             self._ready.popitem(last=False)
 
-    async def take(self, key: str, timeout_s: float = WAIT_S) -> Proof | None:
+    async def take(self, key: str, wait_s: float = WAIT_S) -> Proof | None:
         """Once per key; None when it does not come in time."""
         if (proof := self._ready.pop(key, None)) is not None:
             return proof
         waiter = self._waiters.setdefault(key, asyncio.get_running_loop().create_future())
         try:
-            return await asyncio.wait_for(asyncio.shield(waiter), timeout_s)
+            return await asyncio.wait_for(asyncio.shield(waiter), wait_s)
         except TimeoutError:
             return None
         finally:
@@ -159,7 +159,7 @@ async def _vllm_decode(request: Request, prompt: Prompt) -> Transfer:
     key, host, port = (given.get(k) for k in ("remote_request_id", "remote_host", "remote_port"))
     if not isinstance(key, str) or not isinstance(host, str) or type(port) is not int:
         raise EngineError(400, "kv_transfer_params lacks remote_request_id, remote_host or remote_port")
-    proof = await _fetch(host, port, key)
+    proof = await _fetch(host, port, key, wait_s=0)  # the prefill has answered already
     if given != _vllm_object(proof.name, host, port, prompt, key) or proof != proof_of(prompt, proof.name, key):
         raise EngineError(400, "kv_transfer_params is not what this prefill answered for this prompt")
     return Transfer(data=transfer_data(given), extra={"kv_transfer_params": None})
@@ -232,13 +232,15 @@ def _check(proof: Proof, prompt: Prompt, key: str) -> None:
         raise EngineError(400, "the prefill computed another prompt")
 
 
-async def _fetch(host: str, port: int, key: str) -> Proof:
+async def _fetch(host: str, port: int, key: str, wait_s: float = WAIT_S) -> Proof:
     """Asks a prefill instance for what it computed. Raises `EngineError` 500 when it does not come."""
     try:
         async with asyncio.timeout(WAIT_S + 1):
             reader, writer = await asyncio.open_connection(host, port)
             try:
-                writer.write(f"GET /sim/transfer/{key} HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
+                writer.write(
+                    f"GET /sim/transfer/{key}?wait_s={wait_s} HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode()
+                )
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             finally:
                 writer.close()
