@@ -27,8 +27,11 @@ async def ask_incarnation(context: zmq.Context[Any], endpoint: str, timeout_s: f
             await socket.send(wire.encode(wire.DataHello(wire.PROTOCOL, 0)))
             while True:
                 welcome = wire.decode(wire.data_to_frontend, (await socket.recv_multipart())[-1])
-                if isinstance(welcome, wire.DataWelcome) and welcome.protocol == wire.PROTOCOL:
-                    return welcome.incarnation
+                if isinstance(welcome, wire.DataWelcome):
+                    speaks = welcome.protocol == wire.PROTOCOL
+                    return (
+                        welcome.incarnation if speaks and len(welcome.incarnation) == wire.INCARNATION_BYTES else None
+                    )
     except (TimeoutError, zmq.ZMQError, WireError):
         return None
     finally:

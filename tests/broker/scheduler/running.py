@@ -180,7 +180,8 @@ class NativeEngine:
 
     def say(self, message: wire.EngineToScheduler) -> wire.SchedulerToEngine:
         self._socket.send(wire.encode(message))
-        return wire.decode(wire.to_engine, self._socket.recv())
+        answer: wire.SchedulerToEngine = wire.decode(wire.to_engine, self._socket.recv())
+        return answer
 
     def hello(self, **changes: object) -> wire.SchedulerToEngine:
         hello = wire.EngineHello(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 
 from broker import wire
 from broker.errors import BadRegistration, MetadataTooLarge
+from broker.scheduler.registrar import read_entries
 from broker.scheduler.registration import from_hello, parse, parse_body
 from broker.types import EngineKind, FastDeployFields, Instance, Role
 
 BASE: dict[str, Any] = {"role": "mixed", "host_ip": "10.0.0.1", "port": 8000}
 
 
-def registered(splitwise: bool = False, **fields: object) -> Instance:
+def registered(splitwise: bool = False, /, **fields: object) -> Instance:
     return parse_body(json.dumps({**BASE, **fields}).encode(), splitwise).instance
 
 
@@ -29,7 +31,7 @@ def test_the_least_registration() -> None:
 
 def test_what_a_fastdeploy_engine_sends() -> None:
     instance = registered(
-        splitwise=True,
+        True,
         role="prefill",
         port="8188",
         metrics_port=8190,
@@ -273,6 +275,26 @@ def test_an_entry_of_yaml_is_read_the_same() -> None:
     assert instance.fastdeploy.rdma_ports == ["7100", "7101"]
     assert instance.fastdeploy.device_ids == ["0"]
     assert json.loads(instance.transfer) == {"peer": [1, 2]}
+
+
+def test_fastdeploys_example_file_loads_unchanged() -> None:
+    entries, unusable = read_entries(Path(__file__).parents[2] / "fixtures" / "fastdeploy" / "register.yaml", True)
+    assert unusable == []
+    prefill, decode = [entry.instance for entry in entries]
+    assert (prefill.url, prefill.role, prefill.metrics_url) == (
+        "http://127.0.0.1:8097",
+        Role.PREFILL,
+        "http://127.0.0.1:8003/metrics",
+    )
+    expected = FastDeployFields(
+        connector_port="8001",
+        engine_worker_queue_port="8002",
+        transfer_protocol=["ipc", "rdma"],
+        rdma_ports=["7100", "7101"],
+        device_ids=["0", "1"],
+        metrics_port="8098",
+    )
+    assert (decode.role, decode.fastdeploy) == (Role.DECODE, expected)
 
 
 @pytest.mark.parametrize("entry", [None, [], "http://h:1", 5])
