@@ -26,9 +26,8 @@ class Endpoints(msgspec.Struct, frozen=True):
 
 
 class Way(msgspec.Struct, frozen=True):
-    """The endpoints chosen out of an answer. Equal ways need no new connection."""
+    """The endpoints chosen out of an answer."""
 
-    run: str
     control: str
     load: str
 
@@ -59,7 +58,7 @@ def fetch(router: str, timeout_s: float = 2.0) -> Endpoints:
 def choose(endpoints: Endpoints, router: str) -> Way:
     """The best way from here: a unix socket whose path exists, else TCP with the router's own host for a wildcard."""
     host, _ = host_and_port(router)
-    return Way(endpoints.run, _best(endpoints.control, host, "control"), _best(endpoints.load, host, "load"))
+    return Way(_best(endpoints.control, host, "control"), _best(endpoints.load, host, "load"))
 
 
 def _best(offered: list[str], host: str, what: str) -> str:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 0.005
 """A frontend that took no more is tried again after this long."""
+MOST_BYTES = 128 * 1024 * 1024
 FORGET_AFTER_S = 60.0
 """A frontend that has been silent for this long and has nothing under way is forgotten."""
 SEND_MARK = 256
@@ -295,7 +296,9 @@ class Engine:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a frontend that reconnects may come before its old end is noticed
         socket.setsockopt(zmq.SNDHWM, SEND_MARK)
-        socket.setsockopt(zmq.MAXMSGSIZE, self._max_body_bytes + wire.MAX_CONTROL_BYTES)
+        # A larger frame ends the connection with all its requests: what is only a little too large is let in, for a 413.
+        socket.setsockopt(zmq.MAXMSGSIZE, max(self._max_body_bytes, MOST_BYTES))
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         socket.bind(endpoint)
         bound = socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)

@@ -57,7 +57,6 @@ class Link:
         self._incarnation = hello.incarnation
         self._session = Session(hello)
         self._tasks: list[asyncio.Task[None]] = []
-        self._way: endpoints.Way | None = None
         self._control: Port | None = None
         self._load = load
         self._load_socket: zmq.Socket[bytes] | None = None
@@ -105,7 +104,7 @@ class Link:
         """Connects to a Penstock as soon as there is one, and to the next when its run is over."""
         complained = False
         while True:
-            if self._way is None or self._session.is_silent(time.monotonic()):
+            if self._control is None or self._session.is_silent(time.monotonic()):
                 try:
                     found = await asyncio.to_thread(endpoints.fetch, self._router)
                     way = endpoints.choose(found, self._router)
@@ -115,8 +114,8 @@ class Link:
                         log.warning("%s (tried again every %g s)", e, FETCH_EVERY_S)
                 else:
                     complained = False
-                    if way != self._way:
-                        self._connect(way)
+                    # Also when it is the way we have: its other end may be gone without a word (a host without power).
+                    self._connect(way)
             await asyncio.sleep(FETCH_EVERY_S)
 
     def _connect(self, way: endpoints.Way) -> None:
@@ -139,7 +138,6 @@ class Link:
         load.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         load.connect(way.load)
         self._load_socket = load
-        self._way = way
         self._session.connected(time.monotonic())
 
     def _receive(self, frames: Frames) -> None:

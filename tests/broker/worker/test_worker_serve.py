@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 
@@ -481,3 +484,47 @@ def test_what_does_not_finish_in_time_ends_with_an_error(penstock: RawPenstock) 
         penstock.await_load(1, 0)
         served.stop()
         assert frontend.answer(1)[0] == 503
+
+
+# -- as a program ----------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+from broker.worker import serve
+
+async def generate(request):
+    for word in request.prompt.split():
+        yield word + " "
+
+serve(generate, router=sys.argv[1], models=["echo"], capacity=8)
+"""
+
+
+def test_ten_lines_are_an_engine_and_sigterm_ends_it(penstock: RawPenstock) -> None:
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, penstock.url]) as process:
+        hello = penstock.accept()
+        with RawFrontend(hello[3], hello[2]) as frontend:
+            frontend.hello()
+            frontend.request(1, {"prompt": "one two"}, stream=False)
+            assert json.loads(frontend.answer(1)[1])["choices"][0]["text"] == "one two "
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
+def test_the_sdk_needs_nothing_but_pyzmq_and_msgspec() -> None:
+    code = "import sys, broker.worker; print(*sorted({m.partition('.')[0] for m in sys.modules} & set(sys.argv[1:])))"
+    others = [
+        "numpy",
+        "starlette",
+        "uvicorn",
+        "uvloop",
+        "aiohttp",
+        "orjson",
+        "msgpack",
+        "yaml",
+        "click",
+        "frontend",
+        "shm",
+    ]
+    out = subprocess.run([sys.executable, "-c", code, *others], capture_output=True, text=True, check=True).stdout
+    assert out.split() == []
