@@ -16,6 +16,7 @@ every other column at rest. The scheduler rests its reuse of slots on that.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from enum import IntEnum
 from pathlib import Path
@@ -153,7 +154,9 @@ def counters_layout(frontends: int, slots: int) -> Layout:
 
 def create_counters(run_dir: Path, config: Config) -> Segment:
     """Make the segment in the run directory, for the supervisor's `Roster`. Raises SegmentError."""
-    return Segment.create(run_dir / COUNTERS, counters_layout(config.shm.frontends, config.shm.slots))
+    segment = Segment.create(run_dir / COUNTERS, counters_layout(config.shm.frontends, config.shm.slots))
+    segment.take_over(os.getpid())
+    return segment
 
 
 def attach_counters(run_dir: Path, config: Config) -> Segment:

@@ -19,14 +19,13 @@ What is kept between decisions, and until when:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from broker.candidates import Candidates, Entry, Group, Vector, by_url
 from broker.config import Config
 from broker.counters import CounterColumn, CountersReader, attach_counters
 from broker.errors import ModelNotFound, NoInstance
@@ -35,81 +34,13 @@ from broker.types import Instance, Role
 from shm.segment import Segment
 from shm.seqlock import RowReader
 
-Vector = NDArray[np.int64]
+__all__ = ["Entry", "TableReader", "View"]
 
 _READY = int(State.READY)
-_LOAD_COLUMNS = slice(int(Column.TRUST), Column.IN_FLIGHT_THEN + 1)
-"""The columns that a view shows."""
-_NEVER = 2**63 - 1
 _STATES = list(State)
 _HOLDS = np.array([state in HOLDS_INSTANCE for state in State])
 _ALIVE_NS = int(6 * BEAT_S * 1e9)
 """The scheduler counts as alive this long after its last beat."""
-
-
-class Entry(NamedTuple):
-    """One registered instance."""
-
-    slot: int
-    generation: int
-    state: State
-    instance: Instance
-
-
-class Candidates:
-    """Slots that may serve one kind of request, sorted by URL, and the snapshot's columns over them."""
-
-    __slots__ = ("_columns", "_report", "_report_until_ns", "_stamp", "generations", "slots")
-
-    def __init__(self, slots: Vector, generations: Mapping[int, int]) -> None:
-        self.slots = slots
-        self.slots.setflags(write=False)
-        self.generations = generations
-        """By slot; may know more slots than are candidates."""
-        self._stamp = -1
-        self._columns: Vector = np.empty((0, 0), dtype=np.int64)
-        self._report: tuple[Vector, Vector] | None = None
-        self._report_until_ns = 0
-
-    @classmethod
-    def of(cls, entries: Collection[Entry]) -> Candidates:
-        slots = np.array([entry.slot for entry in entries], dtype=np.int64)
-        return cls(slots, {entry.slot: entry.generation for entry in entries})
-
-    def without(self, slots: Collection[int]) -> Candidates:
-        kept = np.ones(len(self.slots), dtype=np.bool_)
-        for slot in slots:
-            kept &= self.slots != slot
-        return Candidates(self.slots[kept], self.generations)
-
-    def column(self, snapshot: Vector, stamp: int, column: int) -> Vector:
-        """The cells of a column of the load over the candidates, kept while `stamp` stands. Read-only."""
-        if stamp != self._stamp:
-            # All nine at once: 0.7 us for 8 candidates, where six single ones take 3.4; for 1,024 both take 8.
-            self._columns = snapshot[_LOAD_COLUMNS].take(self.slots, axis=1)
-            self._columns.setflags(write=False)
-            self._report = None
-            self._stamp = stamp
-        cells: Vector = self._columns[column - _LOAD_COLUMNS.start]
-        return cells
-
-    def report(self, snapshot: Vector, stamp: int, now_ns: int, stale_after_ns: int) -> tuple[Vector, Vector]:
-        """What the reports that count add to the live counters, and the trust in each report."""
-        reported_ns = self.column(snapshot, stamp, Column.REPORTED_NS)
-        if self._report is None or now_ns > self._report_until_ns:
-            running = self.column(snapshot, stamp, Column.RUNNING)
-            waiting = self.column(snapshot, stamp, Column.WAITING)
-            fresh = reported_ns > max(now_ns - stale_after_ns, 0)
-            added = running + waiting
-            added -= self.column(snapshot, stamp, Column.IN_FLIGHT_THEN)
-            added *= fresh & (running >= 0) & (waiting >= 0)
-            trust = self.column(snapshot, stamp, Column.TRUST) * fresh  # STALE is 0
-            trust.setflags(write=False)
-            self._report = added, trust
-            # Until the oldest of the fresh ones is too old; a new report changes the stamp.
-            ages = reported_ns[fresh]
-            self._report_until_ns = int(np.minimum.reduce(ages)) + stale_after_ns - 1 if len(ages) else _NEVER
-        return self._report
 
 
 class View:
@@ -205,40 +136,6 @@ class View:
         return f"View(slots={self.slots.tolist()})"
 
 
-class _Group:
-    """The instances of one role, by model."""
-
-    def __init__(self, entries: Collection[Entry]) -> None:
-        """`entries` are sorted by URL."""
-        self._ready = [entry for entry in entries if entry.state is State.READY]
-        self._every = Candidates.of(self._ready)
-        self._open = [entry for entry in self._ready if not entry.instance.models]
-        self._named: dict[str, list[Entry]] = {}
-        for entry in self._ready:
-            for name in set(entry.instance.models):
-                self._named.setdefault(name, []).append(entry)
-        self._by_model: dict[str, Candidates] = {}
-        self._unnamed = Candidates.of(self._open)
-        self._away = {name for entry in entries if entry.state is not State.READY for name in entry.instance.models}
-
-    def candidates(self, model: str | None) -> Candidates:
-        """Ready instances that serve `model`, or whose models are unknown. May be empty."""
-        if model is None:
-            return self._every
-        found = self._by_model.get(model)
-        if found is None:
-            named = self._named.get(model)
-            if named is None:
-                return self._unnamed  # not kept by name: clients may ask for any number of names
-            both = sorted([*named, *self._open], key=_url) if self._open else named
-            found = self._by_model[model] = Candidates.of(both)
-        return found
-
-    def serves(self, model: str | None) -> bool:
-        """Whether an answer may be expected later: nothing is ready, or an instance that is away serves the model."""
-        return model is None or not self._ready or model in self._away
-
-
 class TableReader:
     """A frontend's half of the table. Reads shared memory, never writes it, never waits."""
 
@@ -270,7 +167,7 @@ class TableReader:
         self._missed = True
         self._entries: dict[int, Entry] = {}
         self._decoded: dict[int, tuple[int, int, Instance]] = {}
-        self._groups: dict[int, _Group] = {}
+        self._groups: dict[int, Group] = {}
         self._refused: set[int] = set()
         self._window_key = (-1, -1)
         self._windows: tuple[Vector, ...] = ()
@@ -415,10 +312,10 @@ class TableReader:
         self._missed = not self._rows.complete
         self._entries = {}
         roles: dict[int, list[Entry]] = {}
-        for entry in sorted(self._found(), key=_url):
+        for entry in sorted(self._found(), key=by_url):
             self._entries[entry.slot] = entry
             roles.setdefault(entry.instance.role, []).append(entry)
-        self._groups = {role: _Group(entries) for role, entries in roles.items()}
+        self._groups = {role: Group(entries) for role, entries in roles.items()}
         self._decoded = {slot: kept for slot, kept in self._decoded.items() if slot in self._entries}
 
     def _found(self) -> Iterator[Entry]:
@@ -465,7 +362,3 @@ def _difference(finished: Vector, started: Vector, slots: Vector) -> Vector:
     begun: Vector = np.add.reduce(started, 0)
     begun -= ended
     return begun.take(slots)
-
-
-def _url(entry: Entry) -> str:
-    return entry.instance.url

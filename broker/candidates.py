@@ -1,0 +1,125 @@
+"""Who may serve a request: instances by role and model, and the load table's columns over them.
+
+Built by `broker.view.TableReader` whenever membership has changed, and kept until it changes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.table import Column, State
+from broker.types import Instance
+
+Vector = NDArray[np.int64]
+
+_LOAD_COLUMNS = slice(int(Column.TRUST), Column.IN_FLIGHT_THEN + 1)
+"""The columns that a view shows."""
+_NEVER = 2**63 - 1
+
+
+class Entry(NamedTuple):
+    """One registered instance."""
+
+    slot: int
+    generation: int
+    state: State
+    instance: Instance
+
+
+class Candidates:
+    """Slots that may serve one kind of request, sorted by URL, and the snapshot's columns over them."""
+
+    __slots__ = ("_columns", "_report", "_report_until_ns", "_stamp", "generations", "slots")
+
+    def __init__(self, slots: Vector, generations: Mapping[int, int]) -> None:
+        self.slots = slots
+        self.slots.setflags(write=False)
+        self.generations = generations
+        """By slot; may know more slots than are candidates."""
+        self._stamp = -1
+        self._columns: Vector = np.empty((0, 0), dtype=np.int64)
+        self._report: tuple[Vector, Vector] | None = None
+        self._report_until_ns = 0
+
+    @classmethod
+    def of(cls, entries: Collection[Entry]) -> Candidates:
+        slots = np.array([entry.slot for entry in entries], dtype=np.int64)
+        return cls(slots, {entry.slot: entry.generation for entry in entries})
+
+    def without(self, slots: Collection[int]) -> Candidates:
+        kept = np.ones(len(self.slots), dtype=np.bool_)
+        for slot in slots:
+            kept &= self.slots != slot
+        return Candidates(self.slots[kept], self.generations)
+
+    def column(self, snapshot: Vector, stamp: int, column: int) -> Vector:
+        """The cells of a column of the load over the candidates, kept while `stamp` stands. Read-only."""
+        if stamp != self._stamp:
+            # All nine at once: 0.7 us for 8 candidates, where six single ones take 3.4; for 1,024 both take 8.
+            self._columns = snapshot[_LOAD_COLUMNS].take(self.slots, axis=1)
+            self._columns.setflags(write=False)
+            self._report = None
+            self._stamp = stamp
+        cells: Vector = self._columns[column - _LOAD_COLUMNS.start]
+        return cells
+
+    def report(self, snapshot: Vector, stamp: int, now_ns: int, stale_after_ns: int) -> tuple[Vector, Vector]:
+        """What the reports that count add to the live counters, and the trust in each report."""
+        reported_ns = self.column(snapshot, stamp, Column.REPORTED_NS)
+        if self._report is None or now_ns > self._report_until_ns:
+            running = self.column(snapshot, stamp, Column.RUNNING)
+            waiting = self.column(snapshot, stamp, Column.WAITING)
+            fresh = reported_ns > max(now_ns - stale_after_ns, 0)
+            added = running + waiting
+            added -= self.column(snapshot, stamp, Column.IN_FLIGHT_THEN)
+            added *= fresh & (running >= 0) & (waiting >= 0)
+            trust = self.column(snapshot, stamp, Column.TRUST) * fresh  # STALE is 0
+            trust.setflags(write=False)
+            self._report = added, trust
+            # Until the oldest of the fresh ones is too old; a new report changes the stamp.
+            ages = reported_ns[fresh]
+            self._report_until_ns = int(np.minimum.reduce(ages)) + stale_after_ns - 1 if len(ages) else _NEVER
+        return self._report
+
+
+class Group:
+    """The instances of one role, by model."""
+
+    def __init__(self, entries: Collection[Entry]) -> None:
+        """`entries` are sorted by URL."""
+        self._ready = [entry for entry in entries if entry.state is State.READY]
+        self._every = Candidates.of(self._ready)
+        self._open = [entry for entry in self._ready if not entry.instance.models]
+        self._named: dict[str, list[Entry]] = {}
+        for entry in self._ready:
+            for name in set(entry.instance.models):
+                self._named.setdefault(name, []).append(entry)
+        self._by_model: dict[str, Candidates] = {}
+        self._unnamed = Candidates.of(self._open)
+        self._away = {name for entry in entries if entry.state is not State.READY for name in entry.instance.models}
+
+    def candidates(self, model: str | None) -> Candidates:
+        """Ready instances that serve `model`, or whose models are unknown. May be empty."""
+        if model is None:
+            return self._every
+        found = self._by_model.get(model)
+        if found is None:
+            named = self._named.get(model)
+            if named is None:
+                return self._unnamed  # not kept by name: clients may ask for any number of names
+            both = sorted([*named, *self._open], key=by_url) if self._open else named
+            found = self._by_model[model] = Candidates.of(both)
+        return found
+
+    def serves(self, model: str | None) -> bool:
+        """Whether an answer may be expected later: nothing is ready, or an instance that is away serves the model."""
+        return model is None or not self._ready or model in self._away
+
+
+def by_url(entry: Entry) -> str:
+    """Sort key."""
+    return entry.instance.url
