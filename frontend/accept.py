@@ -6,7 +6,7 @@ uvicorn's own loop takes all that is there in one go, and streams stay where the
 * one connection is taken per wake, and
 * a frontend that holds clearly more connections than another one waits a moment before it takes the next. If it is
   still there then, it is taken whatever the others do: fairness is a preference, an answer is a duty. If the others
-  leave it again and again (one of them may be stopped), twice as many are taken after each wait.
+  leave it again and again (one of them may be stopped), more and more are taken after each wait.
 
 The open connections of each frontend stand in its own row of totals, which every other one reads.
 """
@@ -28,8 +28,11 @@ YIELD_S = 0.0015
 """Long enough for an idle frontend to wake and take the connection; nobody notices it in a connect."""
 MARGIN = 2
 """Connections more than the emptiest frontend that are still even; plus an eighth of its own."""
-MOST = 64
-"""Connections taken after one wait at most."""
+PATIENCE = 8
+"""Waits in a row after which the next connection was still there, until more than one is taken after each. A neighbour
+that is only busy has had 12 ms by then."""
+DOUBLINGS = 6
+"""From then on twice as many after each wait, at most 64."""
 NO_ROOM_S = 0.1
 """Pause after the system refused a file descriptor; the connection waits in the backlog."""
 
@@ -41,16 +44,17 @@ class Acceptor:
         self,
         listener: socket.socket,
         protocol: Callable[[], asyncio.Protocol],
-        is_ahead: Callable[[], bool],
+        is_ahead: Callable[[int], bool],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        """`is_ahead` says whether another frontend should rather take the next connection."""
+        """`is_ahead` says whether another frontend should rather take the next connection; it is told how many this
+        one has taken that are not counted yet."""
         self._listener = listener
         self._protocol = protocol
         self._is_ahead = is_ahead
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
-        self._left = 1  # how many to take after a wait
+        self._in_vain = 0  # waits in a row that emptied nothing
         self._handing_over: set[asyncio.Task[object]] = set()
         self._stopped = False
 
@@ -84,7 +88,7 @@ class Acceptor:
         self._loop.remove_reader(self._listener.fileno())
 
     def _wake(self) -> None:
-        if self._is_ahead():
+        if self._is_ahead(len(self._handing_over)):
             # Without taking the reader off, the socket would go on waking us until somebody takes the connection.
             self._loop.remove_reader(self._listener.fileno())
             self._timer = self._loop.call_later(YIELD_S, self._take_what_is_left)
@@ -93,11 +97,12 @@ class Acceptor:
 
     def _take_what_is_left(self) -> None:
         self._listen()
-        for _ in range(self._left):
+        beyond = min(max(0, self._in_vain - PATIENCE), DOUBLINGS)
+        for _ in range(2**beyond):
             if not self._accept():
-                self._left = 1
+                self._in_vain = 0
                 return
-        self._left = min(2 * self._left, MOST)
+        self._in_vain += 1
 
     def _accept(self) -> bool:
         """Takes one connection; False when there is none, or no room for it."""
@@ -133,11 +138,11 @@ class Evenness:
         self._reader = reader
         self._index = index
 
-    def is_ahead(self) -> bool:
+    def is_ahead(self, uncounted: int) -> bool:
         others = [self._open(row) for row, _ in self._reader.live() if row != self._index]
         if not others:
             return False
-        own = self._open(self._index)
+        own = self._open(self._index) + uncounted
         return own > min(others) + MARGIN + own // 8
 
     def _open(self, row: int) -> int:

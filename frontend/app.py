@@ -32,14 +32,12 @@ from frontend.dispatch import Dispatcher, make_policies
 from frontend.errors import MethodNotAllowed, NotFound, Stopping
 from frontend.forward import Forwarder
 from frontend.metrics import Metrics
-from frontend.server import KEEP_ALIVE_S, Server
+from frontend.server import KEEP_ALIVE_S, Server, quiet_uvicorn
 from frontend.upstream.http import HttpUpstream
 from frontend.upstream.zmq import ZmqUpstream
 from frontend.watch import Watch
 
 logger = logging.getLogger("frontend")
-# uvicorn says at this level that it started and stopped; the supervisor says it for every process.
-logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
 def application(inference: Inference, admin: Admin) -> Starlette:
@@ -67,6 +65,7 @@ async def serve(
     run_dir: Path, config: Config, index: int, life: int, listen_fd: int, ready_fd: int, alive_fd: int
 ) -> None:
     """One frontend's life; returns after a graceful stop. `ready_fd` and `alive_fd` may be -1."""
+    quiet_uvicorn()
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
         table = TableReader.attach(run_dir, config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -24,6 +25,18 @@ KEEP_ALIVE_S = 75
 """Longer than the pools of common clients keep an idle connection, so that the client is the one who closes it."""
 FIRST_REQUEST_S = 1.0
 """How long a connection without a request yet is waited for when stopping."""
+
+
+_CUT_OFF = "ASGI callable returned without completing response."
+"""How uvicorn names, as an error of ours, what is an answer's only way to be cut off visibly. The request's own log
+line says it already."""
+
+
+def quiet_uvicorn() -> None:
+    """Leaves warnings and real errors; that it starts and stops is said by the supervisor for every process."""
+    uvicorn_logger = logging.getLogger("uvicorn.error")
+    uvicorn_logger.setLevel(logging.WARNING)
+    uvicorn_logger.addFilter(lambda record: record.msg != _CUT_OFF)
 
 
 class Connection(HttpToolsProtocol):
@@ -70,7 +83,7 @@ class Server(uvicorn.Server):
         config: uvicorn.Config,
         listener: socket.socket,
         counters: FrontendCounters,
-        is_ahead: Callable[[], bool],
+        is_ahead: Callable[[int], bool],
         on_ready: Callable[[], None],
         on_stop: Callable[[], None],
     ) -> None:

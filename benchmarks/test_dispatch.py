@@ -1,0 +1,152 @@
+"""What a request costs before it leaves: the parse at the edge, and the choice. Not the sockets.
+
+The parse at the edge is msgspec's because of these numbers: of a body it builds only what is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import msgpack
+import msgspec
+import orjson
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from broker import wire
+from broker.types import RouteRequest
+from frontend import body
+from frontend.breaker import Breaker
+from frontend.dispatch import Dispatcher, make_policies
+from frontend.forward import Forwarder
+from frontend.upstream.base import Headers, Sink, UpstreamRequest
+from tests.support.table import Run
+
+REQUEST = RouteRequest(model="tiny", prompt_tokens=256)
+
+
+def chat(size: int) -> bytes:
+    """A chat body of about `size` bytes: a system prompt, turns, and a few settings."""
+    words = "the quick brown fox jumps over the lazy dog " * (size // 44 + 1)
+    turns = [{"role": ("user", "assistant")[n % 2], "content": words[: size // 4]} for n in range(3)]
+    messages = [{"role": "system", "content": words[: size // 4]}, *turns]
+    return json.dumps({"model": "tiny", "messages": messages, "stream": True, "temperature": 0.7}).encode()
+
+
+BODIES = {"1KiB": chat(1024), "32KiB": chat(32 * 1024)}
+
+
+@pytest.mark.benchmark(group="edge-parse")
+@pytest.mark.parametrize("size", BODIES)
+@pytest.mark.parametrize("parser", ["msgspec", "orjson", "json"])
+def test_edge_parse(benchmark: BenchmarkFixture, parser: str, size: str) -> None:
+    parse: Any = {"msgspec": body.parse, "orjson": orjson.loads, "json": json.loads}[parser]
+    benchmark(parse, BODIES[size])
+
+
+@pytest.mark.benchmark(group="edge-parse")
+@pytest.mark.parametrize("size", BODIES)
+def test_edge_parse_and_text(benchmark: BenchmarkFixture, size: str) -> None:
+    benchmark(lambda: body.parse(BODIES[size]).text())
+
+
+class Fleet:
+    """A table with `count` instances, and everything up to the transport."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.run = Run(path, slots=max(count, 16), frontends=4)
+        for n in range(count):
+            self.run.admit(f"http://10.0.{n >> 8}.{n & 255}:8000", "tiny")
+        for row in range(1, 4):
+            self.run.frontend(row)
+        counters = self.run.frontend(0)
+        self.dispatcher = Dispatcher(self.run.reader, counters, make_policies(self.run.config, 0), Breaker(3, 5.0))
+        silent = Silent()
+        loop = cast("asyncio.AbstractEventLoop", silent)
+        self.forwarder = Forwarder(self.run.config, self.dispatcher, counters, silent, silent, loop)
+
+
+class Silent:
+    """A transport, a call, a client, a loop: all of them do nothing, at the cost of a call."""
+
+    def open(self, instance: object, request: object, sink: object) -> Silent:
+        return self
+
+    def call_later(self, delay: float, call: object) -> Silent:
+        return self
+
+    def start(self, status: int, headers: Headers) -> None: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def fail(self, error: object) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def cancel(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    it = Fleet(tmp_path, request.param)
+    yield it
+    it.run.__exit__()
+
+
+@pytest.mark.benchmark(group="dispatch")
+@pytest.mark.parametrize("fleet", [8, 64, 1024], indirect=True)
+def test_choose_and_close(benchmark: BenchmarkFixture, fleet: Fleet) -> None:
+    """View, policy (request_num), lease, and the lease's end; 4 live frontends."""
+    benchmark(lambda: fleet.dispatcher.choose(REQUEST, (), 0.0).lease.close())
+
+
+@pytest.mark.benchmark(group="forward")
+@pytest.mark.parametrize("fleet", [8], indirect=True)
+@pytest.mark.parametrize("chunks", [1, 64])
+def test_forward_a_request(benchmark: BenchmarkFixture, fleet: Fleet, chunks: int) -> None:
+    """A whole life in `Forward`, transport and client left out; the log line too."""
+    request = UpstreamRequest(path="/v1/chat/completions", headers=[], body=b"{}")
+    client: Sink = Silent()
+
+    def life() -> None:
+        forward = fleet.forwarder.forward(b"id", REQUEST, request, client)
+        forward.begin()
+        forward.start(200, [])
+        for _ in range(chunks):
+            forward.write(b"data: {}\n\n")
+        forward.finish()
+
+    benchmark(life)
+
+
+REPLY: dict[str, Any] = {"call": 7, "status": 200, "body": b'{"code": 200}' * 8}
+PLAIN = msgspec.to_builtins(wire.Reply(**REPLY), builtin_types=(bytes,))
+
+
+@pytest.mark.benchmark(group="control-codec")
+def test_codec_msgspec(benchmark: BenchmarkFixture) -> None:
+    """What the control socket uses: encoding, and decoding with checks of shape."""
+    message = wire.Reply(**REPLY)
+    benchmark(lambda: wire.decode(wire.to_frontend, wire.encode(message)))
+
+
+@pytest.mark.benchmark(group="control-codec")
+def test_codec_msgpack(benchmark: BenchmarkFixture) -> None:
+    benchmark(lambda: msgpack.unpackb(msgpack.packb(PLAIN)))
+
+
+@pytest.mark.benchmark(group="control-codec")
+def test_codec_orjson(benchmark: BenchmarkFixture) -> None:
+    """JSON has no bytes: they go as text."""
+    message = {**REPLY, "body": REPLY["body"].decode()}
+    benchmark(lambda: orjson.loads(orjson.dumps(message)))
