@@ -2,6 +2,7 @@
 
     block     shape                    written
     cells     (Cell,)                  one by one
+    events    (SchedulerEvent,)        one by one; counters that go on through all lives of the scheduler
     sequence  (slots,)                 odd while a row is being written (`shm.seqlock`)
     values    (Column, slots)          a row inside its odd window
     base      (CounterColumn, slots)   inside the odd window in which a generation begins
@@ -87,6 +88,19 @@ class Cell(IntEnum):
     READY = 4  # 1 once the configured instances have had their first chance
 
 
+class SchedulerEvent(IntEnum):
+    """What the scheduler counts of itself; only rises."""
+
+    REGISTRATIONS = 0  # answered well, repeated ones included
+    REGISTRATIONS_REFUSED = 1
+    HEALTH_CHECKS_FAILED = 2
+    POLLS_FAILED = 3  # `/metrics` did not answer, or not with load
+    FRAMES_DROPPED = 4  # malformed, oversized or foreign
+    LOADS_DROPPED = 5  # of instances that are not registered
+    LOADS_MISSED = 6  # by the gaps in publishers' sequences
+    REPLIES_DROPPED = 7  # the peer was gone, or took no more
+
+
 def load_layout(slots: int) -> Layout:
     counters = tuple(column.name for column in CounterColumn)
     return Layout(
@@ -94,6 +108,7 @@ def load_layout(slots: int) -> Layout:
         1,
         [
             Block("cells", (len(Cell),), labels=tuple(cell.name for cell in Cell)),
+            Block("events", (len(SchedulerEvent),), labels=tuple(event.name for event in SchedulerEvent)),
             Block("sequence", (slots,)),
             Block("values", (len(Column), slots), labels=tuple(column.name for column in Column)),
             Block("base", (len(CounterColumn), slots), labels=counters),
@@ -141,6 +156,8 @@ class TableWriter:
         self._counters_segment = counters
         self._rest_ns = rest_ns
         self._cells = load.cells("cells")
+        self.events = load.cells("events")
+        """By SchedulerEvent; the scheduler counts here directly."""
         version = self._cells[Cell.VERSION : Cell.VERSION + 1]
         used = self._cells[Cell.USED : Cell.USED + 1]
         self._rows = RowWriter(load.cells("sequence"), load.cells("values"), version, used)
@@ -277,11 +294,7 @@ class TableWriter:
 
     def reclaim(self, now_ns: int) -> list[int]:
         """Free the slots that have rested long enough; called every second or so. Returns them."""
-        freed = [slot for slot in self._resting if self._rest(slot, now_ns)]
-        self._resting.difference_update(freed)
-        for slot in freed:
-            heapq.heappush(self._free, slot)
-        return freed
+        return [slot for slot in tuple(self._resting) if self._rest(slot, now_ns)]
 
     def _rest(self, slot: int, now_ns: int) -> bool:
         """Look after a resting slot; True when it became FREE."""
@@ -303,6 +316,8 @@ class TableWriter:
                 self._base[column * self.slots + slot] = total
 
         self._rows.write(slot, {Column.STATE: int(State.FREE), Column.IDLE_SINCE_NS: 0}, store_base)
+        self._resting.remove(slot)
+        heapq.heappush(self._free, slot)
         return True
 
     # -- load ----------------------------------------------------------------------------------------------

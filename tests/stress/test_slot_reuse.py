@@ -23,7 +23,7 @@ from broker.config import Config
 from broker.counters import CounterColumn, CountersReader, FrontendCounters, attach_counters
 from broker.errors import NoInstance
 from broker.lease import Lease, take
-from broker.table import Cell, Column, TableWriter
+from broker.table import Cell, Column, State, TableWriter
 from broker.types import Role
 from broker.view import TableReader
 from tests.support.children import child, pipe
@@ -113,8 +113,8 @@ def _churn(path: Path, config: Config, results: Connection, break_rule: bool) ->
 
 def _end(writer: TableWriter, slot: int, ledger: Ledger, counted: list[tuple[int, int]]) -> None:
     writer.remove(slot, 1)
-    while not writer.reclaim(1):
-        pass
+    while writer.state(slot) is not State.FREE:
+        writer.reclaim(1)
 
     def base(column: CounterColumn) -> int:
         return writer._base[column * SLOTS + slot]
