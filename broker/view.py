@@ -29,7 +29,18 @@ from broker.candidates import Candidates, Entry, Group, Vector, by_url
 from broker.config import Config
 from broker.counters import CounterColumn, CountersReader, attach_counters
 from broker.errors import ModelNotFound, NoInstance
-from broker.table import BEAT_S, HOLDS_INSTANCE, LOAD, MAX_BLOB_BYTES, Cell, Column, State, decode, load_layout
+from broker.table import (
+    BEAT_S,
+    HOLDS_INSTANCE,
+    LOAD,
+    MAX_BLOB_BYTES,
+    Cell,
+    Column,
+    SchedulerEvent,
+    State,
+    decode,
+    load_layout,
+)
 from broker.types import Instance, Role
 from shm.segment import Segment
 from shm.seqlock import RowReader
@@ -151,6 +162,7 @@ class TableReader:
         self.stale_after_ns = stale_after_ns
         self._clock = clock
         self._cells = load.cells("cells")
+        self._events = load.cells("events")
         version = self._cells[Cell.VERSION : Cell.VERSION + 1]
         used = self._cells[Cell.USED : Cell.USED + 1]
         self._rows = RowReader(load.array("sequence"), load.array("values"), version, used)
@@ -290,6 +302,10 @@ class TableReader:
     def ready(self) -> bool:
         """Whether the configured instances have had their first chance to be registered."""
         return self._cells[Cell.READY] == 1
+
+    def events(self) -> dict[SchedulerEvent, int]:
+        """What the scheduler has counted of itself, in all its lives."""
+        return {event: self._events[event] for event in SchedulerEvent}
 
     def close(self) -> None:
         self._segment.close()

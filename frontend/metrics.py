@@ -166,6 +166,12 @@ class Metrics:
         alive = self._table.alive(time.monotonic_ns())
         yield GaugeMetricFamily("penstock_scheduler_alive", "1 while the scheduler gives signs of life", value=alive)
         yield GaugeMetricFamily("penstock_scheduler_epoch", "The scheduler's life", value=self._table.epoch)
+        events = CounterMetricFamily(
+            "penstock_scheduler_events", "What the scheduler counted of itself", labels=["event"]
+        )
+        for event, count in self._table.events().items():
+            events.add_metric((event.name.lower(),), count)
+        yield events
 
 
 def _histogram(name: str, text: str, totals: Sequence[int], histogram: Histogram) -> HistogramMetricFamily:

@@ -18,7 +18,8 @@ import zmq
 from broker import wire
 from broker.engines import native, sglang
 from broker.errors import WireError
-from broker.scheduler.tally import Event, Tally
+from broker.scheduler.tally import Tally
+from broker.table import SchedulerEvent
 from broker.types import LoadReport, Trust
 from broker.worker.port import Frames, Port
 
@@ -163,6 +164,6 @@ class LoadFeed:
     def _deliver(self) -> None:
         self._pending = False
         if self._inbox.missed:
-            self._tally.add(Event.LOADS_MISSED, self._inbox.missed)
+            self._tally.add(SchedulerEvent.LOADS_MISSED, self._inbox.missed)
             self._inbox.missed = 0
         self._apply(self._inbox.take())

@@ -28,10 +28,8 @@ async def ask_incarnation(context: zmq.Context[Any], endpoint: str, timeout_s: f
             while True:
                 welcome = wire.decode(wire.data_to_frontend, (await socket.recv_multipart())[-1])
                 if isinstance(welcome, wire.DataWelcome):
-                    speaks = welcome.protocol == wire.PROTOCOL
-                    return (
-                        welcome.incarnation if speaks and len(welcome.incarnation) == wire.INCARNATION_BYTES else None
-                    )
+                    valid = welcome.protocol == wire.PROTOCOL and len(welcome.incarnation) == wire.INCARNATION_BYTES
+                    return welcome.incarnation if valid else None
     except (TimeoutError, zmq.ZMQError, WireError):
         return None
     finally:

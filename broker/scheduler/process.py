@@ -29,9 +29,9 @@ from broker.scheduler.collect import Collector
 from broker.scheduler.events import LoadFeed, Source
 from broker.scheduler.registrar import Registrar, answer
 from broker.scheduler.registry import Registry
-from broker.scheduler.tally import Event, Tally
+from broker.scheduler.tally import Tally
 from broker.scheduler.watch import Watch
-from broker.table import BEAT_S, TableWriter
+from broker.table import BEAT_S, SchedulerEvent, TableWriter
 from broker.types import LoadReport
 from broker.worker.port import Frames, Port
 
@@ -58,7 +58,7 @@ class Scheduler:
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[Any] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, config.shm.slots + 64)  # one per instance that is followed, and a few
-        self._tally = Tally()
+        self._tally = Tally(table.events)
         self._registry = Registry(table, config, time.monotonic_ns())
         self._followed_changes = -1
         self._feed = LoadFeed(self._loop, self._context, self._tally, self._apply)
@@ -145,7 +145,7 @@ class Scheduler:
         try:
             port.send([peer, wire.encode(message)])
         except zmq.ZMQError as e:  # Again: it takes no more; EHOSTUNREACH: it is gone. Both say their piece again.
-            self._tally.add(Event.REPLIES_DROPPED)
+            self._tally.add(SchedulerEvent.REPLIES_DROPPED)
             logger.debug("no reply to peer %s: %s", peer.hex(), e)
 
     # -- frontends ---------------------------------------------------------------------------------------------
@@ -188,11 +188,11 @@ class Scheduler:
                 verdict = self._registry.hello(hello, now)
                 self._send(self._engines, peer, verdict)
                 if isinstance(verdict, wire.Refused):
-                    self._tally.add(Event.REGISTRATIONS_REFUSED)
+                    self._tally.add(SchedulerEvent.REGISTRATIONS_REFUSED)
                     if self._tally.first(("refused", hello.incarnation)):
                         logger.warning("refused %s: %s", hello.endpoint[:200], verdict.reason)
                 else:
-                    self._tally.add(Event.REGISTRATIONS)
+                    self._tally.add(SchedulerEvent.REGISTRATIONS)
                     if changes != self._registry.changes:
                         logger.info("registered %s: native %s %s", hello.endpoint, hello.role.name, hello.models)
             case wire.EngineGoodbye(incarnation=incarnation):
@@ -207,7 +207,7 @@ class Scheduler:
             else:
                 known = self._registry.native_load(source, report, now)
             if not known:
-                self._tally.add(Event.LOADS_DROPPED)
+                self._tally.add(SchedulerEvent.LOADS_DROPPED)
 
     # -- time --------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from broker.errors import PenstockError
 from broker.scheduler.collect import Collector
 from broker.scheduler.registration import Registration, parse, parse_body
 from broker.scheduler.registry import Member, Registry
-from broker.scheduler.tally import Event, Tally
+from broker.scheduler.tally import Tally
+from broker.table import SchedulerEvent
 
 logger = logging.getLogger("scheduler")
 
@@ -59,9 +60,9 @@ class Registrar:
         try:
             await self.register(parse_body(body, self._splitwise))
         except PenstockError as e:
-            self._tally.add(Event.REGISTRATIONS_REFUSED)
+            self._tally.add(SchedulerEvent.REGISTRATIONS_REFUSED)
             return refusal(e)
-        self._tally.add(Event.REGISTRATIONS)
+        self._tally.add(SchedulerEvent.REGISTRATIONS)
         return answer(200, "Register success")
 
     async def register(self, registration: Registration) -> Member:

@@ -11,7 +11,8 @@ from broker.config import Manager
 from broker.errors import PenstockError
 from broker.scheduler.collect import Collector, Errands
 from broker.scheduler.registry import SECOND_NS, Member, Registry
-from broker.scheduler.tally import Event, Tally
+from broker.scheduler.tally import Tally
+from broker.table import SchedulerEvent
 from broker.types import Instance
 
 logger = logging.getLogger("scheduler")
@@ -55,7 +56,7 @@ class Watch:
         else:
             healthy = await self._collector.is_healthy(instance)
         if not healthy:
-            self._tally.add(Event.HEALTH_CHECKS_FAILED)
+            self._tally.add(SchedulerEvent.HEALTH_CHECKS_FAILED)
         changed = self._registry.probed(member, healthy, time.monotonic_ns())
         if changed:
             logger.warning("%s is %s", instance.url, member.state.name)
@@ -68,7 +69,7 @@ class Watch:
     async def _poll(self, member: Member) -> None:
         report = await self._collector.load(member.instance)
         if report is None:
-            self._tally.add(Event.POLLS_FAILED)
+            self._tally.add(SchedulerEvent.POLLS_FAILED)
         elif self._is_member(member):
             self._registry.load(member.instance.url, report, time.monotonic_ns())
 

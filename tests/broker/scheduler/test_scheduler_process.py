@@ -15,6 +15,7 @@ import pytest
 import zmq
 
 from broker import wire
+from broker.table import SchedulerEvent
 from broker.types import EngineKind, Role
 from tests.broker.scheduler.fake_engine import FakeEngine, vllm
 from tests.broker.scheduler.running import NativeEngine, RunningScheduler, scheduler, settings
@@ -116,6 +117,16 @@ def test_fastdeploy_whose_worker_is_gone_is_not_healthy(running: RunningSchedule
 
 
 # -- health, load, drain -----------------------------------------------------------------------------------------
+
+
+def test_what_the_scheduler_counts_outlives_it(running: RunningScheduler, engine: FakeEngine) -> None:
+    running.register(**body(engine))
+    running.register(role="mixed", host_ip="127.0.0.1", port=0)
+    running.kill()
+    running.start()
+    running.register(**body(engine))
+    events = running.reader.events()
+    assert (events[SchedulerEvent.REGISTRATIONS], events[SchedulerEvent.REGISTRATIONS_REFUSED]) == (2, 1)
 
 
 def test_an_ill_instance_gets_nothing_until_it_is_well(running: RunningScheduler, engine: FakeEngine) -> None:
@@ -384,6 +395,7 @@ def test_malformed_frames_are_dropped_and_serving_goes_on(
         assert running.register(**body(engine))[0] == 200
         assert native.beat() == wire.SchedulerBeat(1)
         until(lambda: "said once per peer" in running.log.read_text(), what="the first one logged")
+    assert running.reader.events()[SchedulerEvent.FRAMES_DROPPED] > 400  # a few of the mutated ones are valid
     log = running.log.read_text()
     assert log.count("said once per peer") == 1
     assert "Traceback" not in log
