@@ -85,6 +85,11 @@ class Exchange(asyncio.Protocol):
                 parts.append(said.get("content") or said.get("text") or "")
         return "".join(parts)
 
+    def fingerprint(self) -> str:
+        """Which simulated engine answered (`system_fingerprint`); empty if nobody said."""
+        answers = [self.json()] if "json" in self.headers.get("content-type", "") else self._parsed()
+        return next((name for answer in answers if (name := answer.get("system_fingerprint"))), "")
+
     def error(self) -> dict[str, Any] | None:
         """The error object of the answer or of the stream's error event."""
         answers = [self.json()] if "json" in self.headers.get("content-type", "") else self._parsed()
