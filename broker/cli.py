@@ -141,9 +141,9 @@ COLUMNS = [
     "in_flight",
     "running",
     "waiting",
-    "kv_permille",
+    "kv_use",
     "capacity",
-    "age_ms",
+    "report_age_s",
     "models",
 ]
 
@@ -162,6 +162,8 @@ def drain(instance: str, resume: bool, url: str | None, port: int) -> None:
 def cell(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, float):
+        return f"{value:.2f}"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
