@@ -108,8 +108,10 @@ class Acceptor:
         """Takes one connection; False when there is none, or no room for it."""
         try:
             connection, _ = self._listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+        except BlockingIOError:
             return False
+        except ConnectionAbortedError:  # its client left while it waited; the next one may be there
+            return True
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
