@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from benchmarks.peers import install, report
@@ -39,7 +40,7 @@ def main() -> None:
             _say(f"{name} left out: {reason}")
     plan = Plan(
         routers=[ROUTERS[n] for n in names if ROUTERS[n].family not in missing],
-        scenarios=[SCENARIOS[n] for n in _chosen(options.scenarios, SCENARIOS)],
+        scenarios=_chosen(options.scenarios, SCENARIOS) if options.scenarios else [],
         modes=[MODES[n] for n in _chosen(options.modes, MODES)],
         rounds=options.rounds,
         seconds=options.seconds,
@@ -95,8 +96,8 @@ def _missing() -> dict[str, str]:
     return missing
 
 
-def _chosen(given: str, known: dict[str, object] | object) -> list[str]:
-    assert isinstance(known, dict)
+def _chosen(given: str, known: Collection[str]) -> list[str]:
+    """The names in `given`, or all that are known."""
     names = [n for n in given.replace(",", " ").split() if n] or list(known)
     for name in names:
         if name not in known:

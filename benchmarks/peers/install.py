@@ -40,7 +40,7 @@ def install() -> dict[str, str]:
     INSTALLED.mkdir(exist_ok=True)
     missing: dict[str, str] = {}
     for tool in ("loadgen", "http_engine"):
-        _build(tool)
+        build(tool)
     for name, action in {"native_engine": _native_engine, "nginx": _nginx, **{n: _peer(n) for n in PEERS}}.items():
         try:
             action()
@@ -53,7 +53,9 @@ def tool(name: str) -> str:
     return str(INSTALLED / name)
 
 
-def _build(name: str) -> None:
+def build(name: str) -> None:
+    """Compiles one of the C tools, unless it is newer than its sources. Raises `Unavailable`."""
+    INSTALLED.mkdir(exist_ok=True)
     target, source = INSTALLED / name, TOOLS / f"{name}.c"
     newest = max(f.stat().st_mtime for f in (source, *TOOLS.glob("*.h")))
     if not target.exists() or target.stat().st_mtime < newest:
@@ -65,7 +67,7 @@ def _native_engine() -> None:
         if os.geteuid() != 0 or not shutil.which("apt-get"):
             raise Unavailable("needs the header of libzmq (Debian: libzmq3-dev), and only root can install it")
         _run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", "libzmq3-dev")
-    _build("native_engine")
+    build("native_engine")
 
 
 def _nginx() -> None:

@@ -96,7 +96,7 @@ class Meter:
             sample["requests_per_cpu_s"] = round(run["answered"] / max(router_s, 0.01), 1)
         if launch.process and scenario.kind is Kind.STREAM and run["events"]:
             sample["cpu_us_per_event"] = round(1e6 * router_s / run["events"], 3)
-        if scenario.kind is Kind.HOLD:
+        if scenario.kind is Kind.HOLD and launch.process:
             sample["idle_private_kib"] = launch.idle_private_kib
             sample["kib_per_stream"] = round((held.private - launch.idle_private_kib) / scenario.connections, 2)
         if launch.workers > 1 and len(spent) > 1:

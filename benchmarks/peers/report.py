@@ -63,6 +63,10 @@ def _pair(first: str, second: str, digits: int = 2) -> Cell:
     return cell
 
 
+def _mebibytes(key: str) -> Cell:
+    return lambda samples: f"{statistics.median(s.get(key, 0) for s in samples) / 1024:,.0f}"
+
+
 def _trouble(samples: Sequence[Sample]) -> str:
     wrong = sum(s["wrong"] for s in samples) + sum(s.get("engine_refused", 0) for s in samples)
     return str(wrong) + (", /metrics differ" if any(s.get("differences") for s in samples) else "")
@@ -78,7 +82,7 @@ COLUMNS: dict[Kind, dict[str, Cell]] = {
         "req per CPU-s": _value("requests_per_cpu_s"),
         "req/s": _value("requests_per_s"),
         "p50 / p99 ms": _pair("latency_p50_ms", "latency_p99_ms", 3),
-        "private MiB": lambda samples: f"{statistics.median(s['private_kib'] for s in samples) / 1024:,.0f}",
+        "private MiB": _mebibytes("private_kib"),
         **_ENDS,
     },
     Kind.STREAM: {
@@ -91,9 +95,9 @@ COLUMNS: dict[Kind, dict[str, Cell]] = {
     },
     Kind.HOLD: {
         "KiB per stream": _value("kib_per_stream", 1),
-        "idle MiB": lambda samples: f"{statistics.median(s['idle_private_kib'] for s in samples) / 1024:,.0f}",
-        "held MiB": lambda samples: f"{statistics.median(s['private_kib'] for s in samples) / 1024:,.0f}",
-        "segments MiB": lambda samples: f"{statistics.median(s['shared_kib'] for s in samples) / 1024:,.0f}",
+        "idle MiB": _mebibytes("idle_private_kib"),
+        "held MiB": _mebibytes("private_kib"),
+        "segments MiB": _mebibytes("shared_kib"),
         **_ENDS,
     },
 }

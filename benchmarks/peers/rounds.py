@@ -18,7 +18,7 @@ from benchmarks.peers.machine import command, family, memory, wait_for_quiet
 from benchmarks.peers.measure import Inputs, Meter, Sample
 from benchmarks.peers.process import Children
 from benchmarks.peers.routers import Launch, Router
-from benchmarks.peers.scenarios import Scenario
+from benchmarks.peers.scenarios import SCENARIOS, Scenario
 
 SETTLE_S = 2.0
 """After the start: health checks and registrations are over."""
@@ -32,18 +32,23 @@ class Mode:
     other_core: int | None
     workers: tuple[int, ...]
     """Each router is started once for each of these numbers of processes or threads."""
+    scenarios: tuple[str, ...]
+    """What it runs when nothing else is asked for."""
 
 
 MODES = {
-    "pinned": Mode("pinned", "router on core 1 with one worker, engines and load on core 0", 1, 0, (1,)),
-    "free": Mode("free", "nothing pinned; one worker, and two (@2)", None, None, (1, 2)),
+    "pinned": Mode(
+        "pinned", "router on core 1 with one worker, engines and load on core 0", 1, 0, (1,), tuple(SCENARIOS)
+    ),
+    "free": Mode("free", "nothing pinned; one worker, and two (@2)", None, None, (1, 2), ("ns32", "ns128")),
 }
 
 
 @dataclass(frozen=True)
 class Plan:
     routers: Sequence[Router]
-    scenarios: Sequence[Scenario]
+    scenarios: Sequence[str]
+    """Names; empty = those of each mode."""
     modes: Sequence[Mode]
     rounds: int
     seconds: float
@@ -90,7 +95,7 @@ def _run_mode(
         yield _idle(mode, launch)
     meter = Meter(inputs, mode.other_core, plan.seconds)
     for round_number in range(plan.rounds):
-        for scenario in plan.scenarios:
+        for scenario in (SCENARIOS[name] for name in plan.scenarios or mode.scenarios):
             suited = [x for x in launches if x.router.suits(scenario.cache)]
             for launch in suited if round_number % 2 == 0 else reversed(suited):
                 sample = _quietest(plan, meter, launch, scenario, say)
