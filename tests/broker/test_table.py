@@ -253,7 +253,8 @@ class Stores:
 
             def __setitem__(self, index: Any, value: Any) -> None:
                 if isinstance(index, slice):  # a blob: half of it, then the kill
-                    stores.store(lambda: cells.__setitem__(slice(index.start, index.start + 9), value[:9]))
+                    half = len(value) // 2
+                    stores.store(lambda: cells.__setitem__(slice(index.start, index.start + half), value[:half]))
                 stores.store(lambda: cells.__setitem__(index, value))
 
         return Cells()
