@@ -14,7 +14,7 @@ from broker.splice import replace_member
 from broker.types import RouteRequest
 from frontend import body, headers
 from frontend.answer import Answer, send_error
-from frontend.forward import Forwarder, access, count_response, printable
+from frontend.forward import Forward, Forwarder, access, count_response, printable
 from frontend.upstream.base import UpstreamRequest
 
 _OPAQUE = (b"multipart/", b"audio/", b"image/", b"video/", b"application/octet-stream")
@@ -36,17 +36,23 @@ class Inference:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ident = headers.request_id(scope["headers"])
+        answer = Answer(ident)
         try:
-            data = await read_body(scope, receive, self._limit)
-            route, request = self.understand(scope, data, ident)
+            forward = await self._read(scope, receive, ident, answer)
         except BadRequest as error:
             self._count_rejected(scope, ident, error)
             await send_error(send, error, ident)
-            return
         except ClientGone:
-            return
-        answer = Answer(ident)
-        await answer.serve(self._forwarder.forward(ident, route, request, answer), receive, send)
+            pass
+        else:
+            await answer.serve(forward, receive, send)
+
+    async def _read(self, scope: Scope, receive: Receive, ident: bytes, answer: Answer) -> Forward:
+        """The request as it will go out. A function of its own: its locals, the body among them, end with it, and
+        not with the answer's last byte."""
+        data = await read_body(scope, receive, self._limit)
+        route, request = self.understand(scope, data, ident)
+        return self._forwarder.forward(ident, route, request, answer)
 
     def understand(self, scope: Scope, data: bytes, ident: bytes) -> tuple[RouteRequest, UpstreamRequest]:
         """What the choice depends on, and what is sent. Raises `BadRequest`."""

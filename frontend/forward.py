@@ -116,6 +116,7 @@ class Forward:
     at the end. It is itself the sink of each attempt; the client's sink hears of one answer."""
 
     __slots__ = (
+        "_asked",
         "_attempts",
         "_began",
         "_bytes",
@@ -125,9 +126,9 @@ class Forward:
         "_head",
         "_ident",
         "_last",
+        "_model",
+        "_path",
         "_paused",
-        "_request",
-        "_route",
         "_shared",
         "_sink",
         "_state",
@@ -143,8 +144,10 @@ class Forward:
     ) -> None:
         self._shared = shared
         self._ident = ident
-        self._route = route
-        self._request = request
+        self._path = request.path
+        self._model = route.model
+        # Until the first byte, for the next attempt; then let go: a stream's prompt is not kept for its length.
+        self._asked: tuple[RouteRequest, UpstreamRequest] | None = (route, request)
         self._sink = sink
         self._state = State.NEW
         self._choice: Choice | None = None  # of the attempt under way, or the last one
@@ -171,8 +174,9 @@ class Forward:
         self._began = self._shared.clock()
         self._shared.live.add(self)
         self._shared.counters.count(TotalColumn.STREAMS_OPENED)
+        assert self._asked is not None
         try:
-            choice = self._shared.dispatcher.choose(self._route, (), self._began)
+            choice = self._shared.dispatcher.choose(self._asked[0], (), self._began)
         except PenstockError as error:
             if isinstance(error, ModelNotFound):
                 self._shared.counters.count(TotalColumn.MODEL_NOT_FOUND)
@@ -247,6 +251,7 @@ class Forward:
     # -- within ------------------------------------------------------------------------------------------------
 
     def _open(self, choice: Choice) -> None:
+        assert self._asked is not None
         shared = self._shared
         self._state = State.TRYING
         self._choice = choice
@@ -254,19 +259,19 @@ class Forward:
         self._attempts += 1
         if shared.first_byte_s:
             self._arm(shared.first_byte_s)
-        self._call = shared.upstream(choice.instance).open(choice.instance, self._request, self)
+        self._call = shared.upstream(choice.instance).open(choice.instance, self._asked[1], self)
         if self._paused:
             self._call.pause()
 
     def _try_another(self) -> bool:
         """Moves the request to another instance; False when attempts or instances are used up."""
         shared, last = self._shared, self._choice
-        if last is None or self._attempts >= shared.attempts:
+        if last is None or self._asked is None or self._attempts >= shared.attempts:
             return False
         slot = last.lease.slot
         self._tried.append(slot)
         try:
-            choice = shared.dispatcher.choose(self._route, self._tried, shared.clock())
+            choice = shared.dispatcher.choose(self._asked[0], self._tried, shared.clock())
         except PenstockError:
             return False  # what this instance said is a better answer than "no instance"
         last.lease.count(CounterColumn.RETRIED)
@@ -284,6 +289,7 @@ class Forward:
         shared = self._shared
         (self._status, headers), self._head = self._head, None
         self._state = State.FLOWING
+        self._asked = None
         self._touched = shared.clock()
         self._first_byte = self._touched - self._began
         if self._status not in FAILED_STATUSES:
@@ -361,8 +367,8 @@ class Forward:
             "id=%s path=%s model=%s instance=%s policy=%s attempts=%d status=%d ttft_ms=%s duration_ms=%.1f bytes=%d "
             "tokens=%s outcome=%s",
             self._ident.decode("ascii"),
-            printable(self._request.path.partition("?")[0]),
-            printable(self._route.model or "-"),
+            printable(self._path.partition("?")[0]),
+            printable(self._model or "-"),
             self._choice.instance.url if self._choice else "-",
             self._shared.policy,
             self._attempts,
