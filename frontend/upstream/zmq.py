@@ -69,6 +69,8 @@ class Peer:
     connected_at: float
     heard_at: float
     welcomed: bool = False
+    retired: bool = False
+    """Removed; kept for the calls still open there."""
     complained: bool = False
     """One of its frames was dropped, and the log has said so."""
     aborts: list[int] = field(default_factory=list)
@@ -146,9 +148,10 @@ class ZmqUpstream:
         self._turn_soon()
 
     def forget(self, incarnation: bytes) -> None:
-        """That life of an engine is over or was removed: calls still open there fail."""
+        """That life of an engine was removed: answers under way go on, then its connection is ended."""
         for peer in [p for p in self._peers.values() if p.incarnation == incarnation]:
-            self._lose(peer, f"{peer.url} was removed")
+            peer.retired = True
+            self._end_if_idle(peer)
 
     def resync(self, epoch: int) -> None:
         """A new scheduler: every engine is told, so that it registers there."""
@@ -303,6 +306,7 @@ class ZmqUpstream:
         peer = self._peers.get(instance.url)
         if peer is not None:
             if peer.incarnation == instance.incarnation:
+                peer.retired = False
                 return peer
             self._lose(peer, f"another life of the engine is at {peer.url}")
         if len(instance.incarnation) != wire.INCARNATION_BYTES:
@@ -344,6 +348,10 @@ class ZmqUpstream:
             call.fail(UpstreamBroken(why) if peer.welcomed else ConnectFailed(why))
             self.deliver_soon(call)
 
+    def _end_if_idle(self, peer: Peer) -> None:
+        if not any(call.peer is peer for call in self._calls.values()):
+            self._lose(peer, f"{peer.url} was removed")
+
     def _broke(self, endpoint: str) -> None:
         self._broken += [p for p in self._peers.values() if p.endpoint == endpoint]
         self._turn_soon()
@@ -365,6 +373,8 @@ class ZmqUpstream:
                 self._lose(peer, f"{peer.url} was silent for {wire.DEAD_AFTER_S:g} s")
             else:
                 self._say(peer, wire.Ping())
+                if peer.retired:
+                    self._end_if_idle(peer)
 
     # -- sending -------------------------------------------------------------------------------------------
 

@@ -33,11 +33,13 @@ class Monitor:
         self._socket = socket.get_monitor_socket(_CONNECTED | _DISCONNECTED | _REFUSED)
         self._fd = int(self._socket.getsockopt(zmq.FD))
         loop.add_reader(self._fd, self._read)
+        self._read()  # the FD signals nothing before the socket was found empty once
 
     def close(self) -> None:
         """Before the watched socket is closed."""
         self._loop.remove_reader(self._fd)
-        self._watched.disable_monitor()  # closes the monitor's socket, too
+        self._watched.disable_monitor()
+        self._socket.close(linger=0)
 
     def forget(self, endpoint: str) -> None:
         """We have ended this connection ourselves."""

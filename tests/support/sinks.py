@@ -1,0 +1,102 @@
+"""A sink that writes down what it hears and insists on the contract of `frontend.upstream.base`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from broker.errors import PenstockError
+from frontend.upstream.base import Call, Headers
+
+
+class RecordingSink:
+    """`body`, `status`, `headers`, `error`; `events` in order. Set `on_start` or `on_write` to act from within.
+
+    `call` must be given what `open` returned before the loop runs on: hearing anything earlier is a violation,
+    and so is anything out of order or after `leave`. Tests end with `check()`.
+    """
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.events: list[str] = []
+        self.violations: list[str] = []
+        self.status = 0
+        self.headers: Headers = []
+        self.pieces: list[bytes] = []
+        self.error: PenstockError | None = None
+        self.ended = asyncio.Event()
+        self.on_start: Callable[[], None] = lambda: None
+        self.on_write: Callable[[], None] = lambda: None
+        self._left = False
+        self._paused = False
+
+    def __repr__(self) -> str:
+        return f"<RecordingSink {' '.join(self.events)} status={self.status} body={self.body!r} error={self.error!r}>"
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.pieces)
+
+    def header(self, name: bytes) -> bytes | None:
+        return next((value for key, value in self.headers if key == name), None)
+
+    # -- what the test does --------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Cancels; from here on nothing may be heard."""
+        assert self.call is not None
+        self.call.cancel()
+        self._left = True
+
+    def pause(self) -> None:
+        assert self.call is not None
+        self.call.pause()
+        self._paused = True
+
+    def resume(self) -> None:
+        assert self.call is not None
+        heard = len(self.events)
+        self._paused = False
+        self.call.resume()
+        if len(self.events) != heard:
+            self.violations.append("heard something within resume")
+
+    def check(self) -> None:
+        assert self.violations == []
+
+    # -- what the transport says ---------------------------------------------------------------------------
+
+    def start(self, status: int, headers: Headers) -> None:
+        self._hear("start")
+        self.status = status
+        self.headers = headers
+        self.on_start()
+
+    def write(self, data: bytes) -> None:
+        self._hear("write")
+        if not data:
+            self.violations.append("empty write")
+        self.pieces.append(bytes(data))
+        self.on_write()
+
+    def finish(self) -> None:
+        self._hear("finish")
+        self.ended.set()
+
+    def fail(self, error: PenstockError) -> None:
+        self._hear("fail")
+        self.error = error
+        self.ended.set()
+
+    def _hear(self, event: str) -> None:
+        self.events.append(event)
+        if self.call is None:
+            self.violations.append(f"{event} before open had returned")
+        if self._left:
+            self.violations.append(f"{event} after cancel")
+        if self.ended.is_set():
+            self.violations.append(f"{event} after the end")
+        if (event == "start") == (self.status != 0) and event != "fail":
+            self.violations.append(f"{event} out of order")
+        if self._paused and event in ("start", "write"):
+            self.violations.append(f"{event} while paused")
