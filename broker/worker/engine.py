@@ -296,7 +296,7 @@ class Engine:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a frontend that reconnects may come before its old end is noticed
         socket.setsockopt(zmq.SNDHWM, SEND_MARK)
-        # A larger frame ends the connection with all its requests: what is only a little too large is let in, for a 413.
+        # A larger frame ends the connection with all its requests; what is only a little too large gets a 413.
         socket.setsockopt(zmq.MAXMSGSIZE, max(self._max_body_bytes, MOST_BYTES))
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         socket.bind(endpoint)
@@ -364,6 +364,11 @@ class Engine:
             self._runner.open(call)
         except EngineError as e:
             self.fail(call, e)
+        except WireError:
+            raise
+        except Exception:
+            log.exception("the runner failed on %r", request)
+            self.fail(call, EngineError(500, "the engine failed on this request"))
 
     def _reply(self, frontend: Frontend, message: wire.EngineToFrontend) -> None:
         """Not worth keeping: a frontend that cannot take it asks again."""

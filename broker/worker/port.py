@@ -40,17 +40,22 @@ class Port:
                 self._wake()
 
     def drain(self) -> None:
-        """Handles what is readable, at most `DRAIN` messages."""
+        """Handles what is readable, at most `DRAIN` messages. If the receiver raises, the others are not left lying."""
         self._woken = False
-        for _ in range(DRAIN):
-            if self._closed:
-                return
-            try:
-                frames = self._socket.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return
-            self._receive(frames)
-        self._wake()
+        more = True
+        try:
+            for _ in range(DRAIN):
+                if self._closed:
+                    return
+                try:
+                    frames = self._socket.recv_multipart(zmq.DONTWAIT)
+                except zmq.Again:
+                    more = False
+                    return
+                self._receive(frames)
+        finally:
+            if more:
+                self._wake()
 
     def close(self, linger_ms: int = 0) -> None:
         """Idempotent. `linger_ms`: how long unsent messages may still leave in the background."""

@@ -198,6 +198,11 @@ class RawFrontend:
                     ended[number] = 200, bodies[number]
         return ended
 
+    def received(self) -> list[Message]:
+        """The deltas that are here already."""
+        waiting = [msgpack.unpackb(frame) for (frame,) in frames_of(self.socket, 0.2)]
+        return [delta for message in [*self._steps, *waiting] if message[0] == STEP for delta in message[2]]
+
     def is_quiet(self, within: float) -> bool:
         """Nothing but pongs comes for so long."""
         return all(msgpack.unpackb(frame)[0] == PONG for (frame,) in frames_of(self.socket, within))

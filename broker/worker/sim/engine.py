@@ -30,6 +30,8 @@ CREATED = 1_700_000_000
 """`created` of every answer: the bytes must not depend on the clock."""
 EXIT_DIED = 70
 """Exit status of a death on purpose."""
+DYING_S = 0.1
+"""Before a death what was handed to ZMQ gets this long to leave; else "after n tokens" would mean any number below."""
 LEDGER_LENGTH = 100_000
 EVENTS_KEPT = 10_000
 MAX_WAITING = 4096
@@ -237,6 +239,7 @@ class SimulatedEngine:
     def _advance(self, job: Job, last: bool) -> None:
         entry, faults = job.entry, self.faults
         if faults.die_after is not None and entry.tokens >= faults.die_after:
+            time.sleep(DYING_S)
             os._exit(EXIT_DIED)
         if faults.hang_after is not None and entry.tokens >= faults.hang_after:
             job.hung = True

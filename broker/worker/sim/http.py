@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -17,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 from broker.worker.request import EngineError, Request
 from broker.worker.sim import metrics, pd
 from broker.worker.sim.engine import CREATED, KINDS, Job, SimulatedEngine
+
+log = logging.getLogger(__name__)
 
 JSON = "application/json"
 STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -139,6 +142,11 @@ class Generation:
                 raise Truncated from e
             await _start(send, e.status, [(b"content-type", b"application/json")], len(body := e.body()))
             await send({"type": "http.response.body", "body": body})
+        except Truncated:
+            raise
+        except Exception:
+            log.exception("failed on %s", path)
+            raise
         finally:
             if job is not None:
                 self._sim.abort(job)

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-import orjson
 
 from broker.worker.request import EngineError, Request
 from broker.worker.sim.engine import Transfer
@@ -167,7 +167,7 @@ async def _vllm_decode(request: Request, prompt: Prompt) -> Transfer:
 
 def transfer_data(given: Mapping[str, Any]) -> bytes:
     """The seed that a vLLM-like decode mixes into its words."""
-    return orjson.dumps(given, option=orjson.OPT_SORT_KEYS)
+    return json.dumps(given, sort_keys=True).encode()
 
 
 # -- SGLang ------------------------------------------------------------------------------------------------

@@ -7,11 +7,10 @@ the exact answer: `Words(prompt.digest, name, transfer).text(n)`.
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
-
-import orjson
 
 from broker.worker.request import EngineError
 
@@ -31,7 +30,7 @@ class Prompt:
 
     def __init__(self, kind: Kind, content: object, tokens: tuple[int, ...]) -> None:
         self.kind = kind
-        canonical = orjson.dumps([kind, content], option=orjson.OPT_SORT_KEYS)
+        canonical = json.dumps([kind, content], sort_keys=True).encode()  # orjson refuses what is beyond 64 bits
         self.digest = hashlib.blake2b(canonical, digest_size=16).digest()
         self.tokens = tokens
 
@@ -92,5 +91,5 @@ def _render(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         text = content
     else:
-        text = orjson.dumps(content, option=orjson.OPT_SORT_KEYS).decode()
+        text = json.dumps(content, sort_keys=True)
     return f"{message.get('role')}: {text}"

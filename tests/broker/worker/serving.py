@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any, Self
 
 from broker.worker.serve import Generate, serve_async
@@ -49,8 +50,12 @@ class Served:
 
     def stop(self) -> None:
         """As SIGTERM does."""
+        self.call(self._stop.set)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """On the engine's loop, if it still runs."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._stop.set)
+            self._loop.call_soon_threadsafe(function)
 
     def frontend(self, *, epoch: int = 1) -> RawFrontend:
         """Connected and welcome. A context manager."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from broker import wire
 from broker.types import Role
 from tests.support import raw_engine, raw_native
+from tests.support.processes import Fleet
 from tests.support.raw_engine import transfer_metadata, words_of
 from tests.support.raw_native import RawFrontend, RawPenstock
 
@@ -120,3 +123,16 @@ def test_the_example_bytes_of_the_document_are_what_our_codec_writes(name: str) 
 def test_the_limits_of_the_document_are_those_in_force(row: str, value: str) -> None:
     (line,) = [x for x in (ROOT / "docs" / "wire.md").read_text().splitlines() if x.startswith(row)]
     assert value in line
+
+
+def test_a_real_penstock_carries_the_metadata_and_the_answer_of_such_an_engine() -> None:
+    body = b'{"model": "raw", "prompt": "x", "n": 12345678901234567890}'
+    with tempfile.TemporaryDirectory(prefix="raw-") as root, Fleet(Path(root), workers=1) as fleet:
+        engine = fleet.program("raw", [raw_engine.__file__, fleet.url, "--model", "raw"])
+        (instance,) = fleet.await_instances(1)
+        status, answer = fleet.post("/v1/completions", body)
+        engine.signal(signal.SIGTERM)
+        assert engine.await_exit() == 0
+    assert base64.b64decode(instance["transfer"]["base64"]) == transfer_metadata()
+    assert status == 200
+    assert answer["choices"][0]["text"] == " ".join(words_of("/v1/completions", body, b""))

@@ -371,3 +371,9 @@ def test_options_that_cannot_be_used_end_it_with_2(options: list[str], capfd: py
         main(options)
     assert end.value.code == 2
     assert "error:" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["12345678901234567890", "123456789012345678901234567890", "1e3"])
+def test_numbers_of_any_size_may_be_part_of_a_prompt(shared: Simulated, number: str) -> None:
+    raw = b'{"messages": [{"role": "user", "content": [{"n": %s}]}], "max_tokens": 2}' % number.encode()
+    assert shared.call("/v1/chat/completions", raw)[0] == 200

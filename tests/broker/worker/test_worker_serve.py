@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import signal
 import subprocess
 import sys
@@ -196,11 +197,10 @@ def test_what_the_request_carried_reaches_the_generator(penstock: RawPenstock) -
 
 
 def test_deltas_of_one_step_share_a_message(penstock: RawPenstock) -> None:
-    begin = threading.Event()
+    begin = asyncio.Event()  # wakes all that wait in the same turn of the loop
 
     async def generate(_: Request) -> AsyncIterator[bytes]:
-        while not begin.is_set():  # noqa: ASYNC110 - all must wake in the same turn of the loop
-            await asyncio.sleep(0)
+        await begin.wait()
         yield b"x"
         await asyncio.sleep(0)
         yield b"y"
@@ -209,7 +209,7 @@ def test_deltas_of_one_step_share_a_message(penstock: RawPenstock) -> None:
         for number in range(8):
             frontend.request(number, {})
         penstock.await_load(8, 0)
-        begin.set()
+        served.call(begin.set)
         assert {delta[0] for delta in frontend.step()} == set(range(8))
 
 
@@ -528,3 +528,47 @@ def test_the_sdk_needs_nothing_but_pyzmq_and_msgspec() -> None:
     ]
     out = subprocess.run([sys.executable, "-c", code, *others], capture_output=True, text=True, check=True).stdout
     assert out.split() == []
+
+
+# -- anything may come -----------------------------------------------------------------------------------------
+
+
+def spoiled(frame: bytes, rng: random.Random) -> bytes:
+    """A valid message with a few bytes changed, cut or doubled."""
+    data = bytearray(frame)
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(len(data) + 1)
+        data[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+    return bytes(data)
+
+
+def test_no_frame_ends_or_stalls_the_engine(penstock: RawPenstock) -> None:
+    rng = random.Random(5)
+    with Served(penstock, raw_bytes) as served, served.frontend() as frontend, served.frontend() as other:
+        valid = [
+            wire.encode(wire.DataHello(1, 1)),
+            wire.encode(wire.Ping()),
+            wire.encode(wire.Request(served.incarnation, 1, "/v1/completions", True, {"a": "b"}, b"t")),
+            wire.encode(wire.Abort([1, 2, 3])),
+        ]
+        for _ in range(3000):
+            head = spoiled(rng.choice(valid), rng) if rng.random() < 0.8 else rng.randbytes(rng.randrange(40))
+            frontend.socket.send_multipart([head, *([b"{}"] * rng.randrange(3))])
+        other.request(1, b"{}")
+        assert other.answer(1) == (200, b"<{}>")
+
+
+def test_a_runner_that_fails_to_open_answers_500_and_the_next_message_is_read(
+    penstock: RawPenstock, caplog: pytest.LogCaptureFixture
+) -> None:
+    def generate(request: Request) -> AsyncIterator[bytes]:  # not a generator: fails when it is called
+        if request.stream:
+            raise RuntimeError("a bug before the first yield")
+        return raw_bytes(request)
+
+    with Served(penstock, generate) as served, served.frontend() as frontend:
+        frontend.request(1, b"{}", stream=True)
+        frontend.request(2, b"{}", stream=False)
+        answers = frontend.answers(1, 2)
+    assert (answers[1][0], answers[2]) == (500, (200, b"<{}>"))
+    assert "a bug before the first yield" in caplog.text
