@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgpack
 import zmq
@@ -68,8 +68,7 @@ class HttpAsked(asyncio.Protocol):
         self._started = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
         self.engine.connections.append(self)
         self.engine.on_connect(self)
 
@@ -99,7 +98,8 @@ class HttpAsked(asyncio.Protocol):
         self.aborted.set()
 
     def raw(self, data: bytes) -> None:
-        self.transport.write(data)
+        if not self.transport.is_closing():  # what an engine says to nobody is lost
+            self.transport.write(data)
 
     def chunk(self, data: bytes) -> None:
         if not self._started:
