@@ -98,7 +98,7 @@ class Collector:
         if metrics is not None and metrics.status == 200:
             answers = {**answers, METRICS_PATH: metrics.body}
         kind = recognise(Evidence(answers)) or EngineKind.OPENAI
-        if kind is EngineKind.OPENAI and registration.smells_of_fastdeploy:
+        if kind is EngineKind.OPENAI and registration.has_fastdeploy_fields:
             return EngineKind.FASTDEPLOY
         return kind
 

@@ -75,15 +75,14 @@ class Scheduler:
         """
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._context.term)
-            self._open(stack)
             collector = await stack.enter_async_context(Collector(self._config.manager, self._context))
             self._watch = Watch(self._registry, collector, self._tally, self._config.manager)
             stack.push_async_callback(self._watch.close)
             self._registrar = Registrar(self._registry, collector, self._tally, self._config)
+            self._open(stack)
             stack.push_async_callback(self._end_answers)
-            async with (
-                asyncio.TaskGroup() as tasks
-            ):  # one that fails ends the process: better a restart than half a one
+            # A task that fails ends the process: better a restart than half a scheduler.
+            async with asyncio.TaskGroup() as tasks:
                 running = [
                     tasks.create_task(self._beat()),
                     tasks.create_task(self._registrar.configured(partial(self._mark_ready, ready))),
@@ -190,7 +189,7 @@ class Scheduler:
                 if isinstance(verdict, wire.Refused):
                     self._tally.add(SchedulerEvent.REGISTRATIONS_REFUSED)
                     if self._tally.first(("refused", hello.incarnation)):
-                        logger.warning("refused %s: %s", hello.endpoint[:200], verdict.reason)
+                        logger.warning("refused %r: %s", hello.endpoint[:200], verdict.reason)
                 else:
                     self._tally.add(SchedulerEvent.REGISTRATIONS)
                     if changes != self._registry.changes:
@@ -217,7 +216,8 @@ class Scheduler:
             now = time.monotonic_ns()
             self._table.beat(now)
             for member in self._registry.tick(now):
-                logger.warning("%s fell silent", member.instance.url)
+                forgotten = self._registry.get(member.instance.url) is not member
+                logger.warning("%s %s", member.instance.url, "is forgotten" if forgotten else "fell silent")
             if beats % RECLAIM_EVERY == 0:
                 self._table.reclaim(now)
             if self._followed_changes != self._registry.changes:

@@ -89,7 +89,7 @@ class Registrar:
         """One registration of a URL at a time. Raises Busy."""
         turn = self._turns.get(url)
         if turn is None:
-            if len(self._turns) >= MOST_AT_ONCE:
+            if len(self._turns) >= MOST_AT_ONCE and self._registry.get(url) is None:
                 raise Busy(f"{MOST_AT_ONCE} instances are being probed")
             turn = self._turns[url] = Turn()
         turn.wanted += 1

@@ -41,7 +41,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.instance.models)
 
     @property
-    def smells_of_fastdeploy(self) -> bool:
+    def has_fastdeploy_fields(self) -> bool:
         """It carries fields that only FastDeploy's engines send: decides when probing finds no mark."""
         return self.instance.fastdeploy is not None
 

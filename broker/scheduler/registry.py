@@ -72,6 +72,7 @@ class Member:
     probe_ns: int = 0
     """When the next health check is due."""
     checks: int = 0
+    """Health checks so far; the watch counts them."""
     poll_ns: int = 0
     """When `/metrics` is due."""
     asks_models: bool = False
