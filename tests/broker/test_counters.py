@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from broker import counters
 from broker.counters import (
     BOUNDS_S,
     STATUSES,
@@ -136,6 +137,27 @@ def test_level_counters_are_told_from_requests_in_flight(run: Run, reader: Count
     sums = reader.settled(2)
     assert sums is not None
     assert (sums[C.STARTED], sums[C.FINISHED], sums[C.STATUS_200]) == (1, 1, 1)
+
+
+def test_requests_that_come_and_go_between_the_loads_are_not_all_in_flight(
+    run: Run, reader: CountersReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the process sleeps between two loads: the first look shows five, the second the truth."""
+    frontend = run.frontend(0)
+
+    class Interrupted(tuple[C, ...]):
+        times = 0
+
+        def __iter__(self) -> Iterator[C]:
+            yield self[0]
+            if not Interrupted.times:
+                Interrupted.times += 1
+                frontend.add(C.STARTED, 3, 5)
+                frontend.add(C.FINISHED, 3, 4)
+            yield from self[1:]
+
+    monkeypatch.setattr(counters, "_IN_FLIGHT", Interrupted(counters._IN_FLIGHT))
+    assert reader.in_flight(3) == (1, 0)
 
 
 def test_a_frontend_needs_no_more_than_a_read_only_attach(run: Run) -> None:

@@ -299,7 +299,7 @@ def test_a_kill_at_any_store_leaves_a_table_that_a_successor_can_use(tmp_path: P
     Forbidden: a row left odd, an instance with another's or half a blob, a bystander touched, a slot lost."""
     new = instance("http://h:new", "n" * 100)
     allowed = {
-        0: [instance("http://h:0", "first"), instance("http://h:0", "d" * 100)],
+        0: [instance("http://h:0", "f" * 100), instance("http://h:0", "d" * 100)],
         1: [instance("http://h:1", "bystander")],
         2: [new],
         3: [new],
@@ -309,7 +309,7 @@ def test_a_kill_at_any_store_leaves_a_table_that_a_successor_can_use(tmp_path: P
         path = tmp_path / str(stores)
         path.mkdir()
         with Run(path, slots=4) as run:
-            run.admit("http://h:0", "first")
+            run.admit("http://h:0", "f" * 100)
             run.admit("http://h:1", "bystander")
             run.admit("http://h:2", "removed")
             run.writer.remove(2, run.clock())
