@@ -13,7 +13,8 @@ from frontend.forward import Forward
 from frontend.upstream.base import Headers
 
 PAUSE_AT = 64 * 1024
-"""Bytes held for a client that does not keep up, before its instance is asked to pause."""
+"""Bytes held for a client that does not keep up, before its instance is asked to pause; fewer if the settings say so.
+What a native engine sends nevertheless is held by its transport, up to the bound of the settings."""
 
 
 class Answer:
@@ -33,12 +34,15 @@ class Answer:
         "_held",
         "_ident",
         "_last",
+        "_pause_at",
         "_paused",
         "_waiter",
     )
 
-    def __init__(self, ident: bytes) -> None:
+    def __init__(self, ident: bytes, bound: int = PAUSE_AT) -> None:
+        """`bound`: what one slow client may hold, in bytes."""
         self._ident = ident
+        self._pause_at = min(PAUSE_AT, bound)
         self._forward: Forward | None = None
         self._head: tuple[int, Headers] | None = None
         self._chunks: list[bytes] = []
@@ -73,7 +77,7 @@ class Answer:
         self._chunks.append(data)
         self._last = data
         self._held += len(data)
-        if self._held > PAUSE_AT and not self._paused and self._forward is not None:
+        if self._held > self._pause_at and not self._paused and self._forward is not None:
             self._paused = True
             self._forward.pause()
         self._wake()

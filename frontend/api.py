@@ -31,12 +31,13 @@ class Inference:
 
     def __init__(self, config: Config, forwarder: Forwarder) -> None:
         self._limit = config.server.max_body_bytes
+        self._bound = config.upstream.stream_buffer_bytes
         self._aliases = config.models.aliases
         self._forwarder = forwarder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ident = headers.request_id(scope["headers"])
-        answer = Answer(ident)
+        answer = Answer(ident, self._bound)
         try:
             forward = await self._read(scope, receive, ident, answer)
         except BadRequest as error:
