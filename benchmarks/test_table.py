@@ -18,6 +18,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from broker.counters import CounterColumn, FrontendCounters
 from broker.lease import take
 from broker.policies.base import least
+from broker.table import Cell
 from broker.types import LoadReport, Role
 from tests.support.table import Run
 
@@ -91,6 +92,22 @@ def test_decision_after_a_report(benchmark: BenchmarkFixture, run: Run) -> None:
         run.writer.report(3, report, time.monotonic_ns())
         view = reader.view(Role.MIXED, "model")
         slot = int(view.slots[least(view.load, rng)])
+        lease = take(reader, row, slot, view.generation(slot), 100)
+        assert lease is not None
+        lease.close()
+
+    benchmark(decide)
+
+
+def test_decision_while_a_row_stays_half_written(benchmark: BenchmarkFixture, run: Run) -> None:
+    """The scheduler was stopped in the middle of a row: every decision looks at that row again."""
+    reader, row, rng = run.reader, _row(run), Random(1)
+    run.writer._rows._sequence[3] |= 1
+    run.writer._cells[Cell.VERSION] += 1
+
+    def decide() -> None:
+        view = reader.view(Role.MIXED, "model")
+        slot = int(view.slots[least(view.in_flight, rng)])
         lease = take(reader, row, slot, view.generation(slot), 100)
         assert lease is not None
         lease.close()
