@@ -30,13 +30,21 @@ def show(measured: dict[str, Any]) -> None:
 
 def line(sample: Sample) -> str:
     """A sample in one line, for the eye while the run goes on."""
-    cost = sample.get("cpu_us_per_event") or sample.get("requests_per_cpu_s") or 0
-    unit = "us/event" if sample.get("cpu_us_per_event") else "req/CPU-s"
+    for key, unit in (
+        ("cpu_us_per_event", "us/event"),
+        ("requests_per_cpu_s", "req/CPU-s"),
+        ("kib_per_stream", "KiB/stream"),
+    ):
+        if key in sample:
+            cost = f"{sample[key]:10,.1f} {unit:10}"
+            break
+    else:
+        cost = " " * 21
     troubles = [f"wrong {sample['wrong']} (last status {sample['last_wrong_status']})"] if sample["wrong"] else []
     troubles += [f"/metrics: {d}" for d in sample.get("differences", [])]
     troubles += ["noisy"] if sample["noisy"] else []
     return (
-        f"{sample['mode']} r{sample['round']} {sample['scenario']:9} {sample['router']:18} {cost:10,.1f} {unit:9} "
+        f"{sample['mode']} r{sample['round']} {sample['scenario']:9} {sample['router']:18} {cost} "
         f"{sample['requests_per_s']:10,.1f} req/s  router {sample['router_share']:.2f} engine "
         f"{sample['engine_share']:.2f} foreign {sample['foreign_share']:.2f} stolen {sample['stolen_share']:.2f} "
         f"attempts {sample['attempts']} {'; '.join(troubles)}"
