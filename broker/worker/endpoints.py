@@ -75,14 +75,10 @@ def default_bind(router: str, incarnation: bytes) -> str:
     """On Penstock's own machine a Linux abstract socket (unique, and no file to leave behind); else TCP on the
     address that leads to Penstock. Containers that share a machine but no network namespace must say `bind`."""
     host, _ = host_and_port(router)
-    here = local_address(host)
-    try:
-        there = socket.gethostbyname(host)
-    except OSError:
-        there = host
-    if there == here or there.startswith("127."):
+    here, there = local_address(host), _resolve(host)[1]
+    if there in (here, "::1") or there.startswith("127."):
         return f"ipc://@penstock-{incarnation.hex()}"
-    return f"tcp://{here}:*"
+    return with_host("tcp://*:*", here)
 
 
 def advertised(bound: str, router: str) -> str:
@@ -100,12 +96,22 @@ def with_host(endpoint: str, host: str) -> str:
 
 def local_address(host: str) -> str:
     """Our own address on the way to `host`; no packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    family, address = _resolve(host)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((host, 9))
+            probe.connect((address, 9))
             return str(probe.getsockname()[0])
         except OSError:
             return "127.0.0.1"
+
+
+def _resolve(host: str) -> tuple[int, str]:
+    """Address family and address; the name itself when it has none (now)."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0]
+    except OSError:
+        return socket.AF_INET, host
+    return family, str(address[0])
 
 
 def host_and_port(router: str) -> tuple[str, int]:

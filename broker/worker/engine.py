@@ -293,6 +293,7 @@ class Engine:
     def _bind(self, endpoint: str) -> tuple[Port, str]:
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IPV6, int("[" in endpoint))  # not always: IPv4 would come out as ::ffff:a.b.c.d
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a frontend that reconnects may come before its old end is noticed
         socket.setsockopt(zmq.SNDHWM, SEND_MARK)

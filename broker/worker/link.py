@@ -125,6 +125,7 @@ class Link:
             self._load_socket.close(linger=0)
         control = self._context.socket(zmq.DEALER)
         control.setsockopt(zmq.LINGER, 0)
+        control.setsockopt(zmq.IPV6, 1)
         control.setsockopt(zmq.ROUTING_ID, self._incarnation)
         control.setsockopt(zmq.SNDHWM, 16)
         control.setsockopt(zmq.IMMEDIATE, 1)  # beats to nobody are not worth keeping
@@ -134,6 +135,7 @@ class Link:
         self._control = Port(self._loop, control, self._receive)
         load = self._context.socket(zmq.PUB)
         load.setsockopt(zmq.LINGER, 0)
+        load.setsockopt(zmq.IPV6, 1)
         load.setsockopt(zmq.SNDHWM, 8)
         load.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         load.connect(way.load)

@@ -95,20 +95,23 @@ class Job:
 
 
 class Embedding:
-    """The answer to `/v1/embeddings`: eight numbers drawn from the words' source."""
+    """The answer to `/v1/embeddings`: for each input eight numbers, drawn from the words' source."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
+    def __init__(self, body: Mapping[str, Any], words: Words) -> None:
         self._model = body.get("model", "")
-        self._words = ""
+        inputs = body.get("input")
+        self._inputs = len(inputs) if isinstance(inputs, list) and isinstance(inputs[0], str) else 1
+        self._words = words
 
     def text(self, delta: str) -> bytes:
-        self._words += delta
         return b""
 
     def end(self, finish: Finish) -> bytes:
-        vector = [byte / 255 for byte in self._words.encode().ljust(8, b"\0")[:8]]
-        data = [{"object": "embedding", "index": 0, "embedding": vector}]
+        data = [{"object": "embedding", "index": i, "embedding": self._vector(i)} for i in range(self._inputs)]
         return orjson.dumps({"object": "list", "data": data, "model": self._model, "usage": finish.usage()})
+
+    def _vector(self, i: int) -> list[float]:
+        return [byte / 255 for byte in self._words.delta(i).encode().ljust(8, b"\0")[:8]]
 
 
 class SimulatedEngine:
@@ -180,7 +183,7 @@ class SimulatedEngine:
         job = Job(number, entry, out, words, length, finish)
         job.on_prefilled = transfer.on_prefilled
         if prompt.kind == "embedding":
-            job.answer = Embedding(body)
+            job.answer = Embedding(body, words)
         else:
             job.answer = Answer(
                 request.path,

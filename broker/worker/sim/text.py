@@ -78,6 +78,8 @@ def prompt_of(kind: Kind, body: Mapping[str, Any]) -> Prompt:
         return Prompt(kind, prompt, tokens_of(prompt))
     if isinstance(prompt, list) and prompt and all(type(t) is int and 0 <= t < 2**32 for t in prompt):
         return Prompt(kind, prompt, tuple(prompt))
+    if kind == "embedding" and isinstance(prompt, list) and prompt and all(isinstance(t, str) and t for t in prompt):
+        return Prompt(kind, prompt, tokens_of("\n".join(prompt)))
     raise EngineError(400, f"{key} must be one string or one list of token ids")
 
 

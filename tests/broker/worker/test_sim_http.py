@@ -154,8 +154,9 @@ def test_token_ids_are_a_prompt(shared: Simulated) -> None:
 
 
 def test_embeddings_and_models(shared: Simulated) -> None:
-    answer = shared.json("/v1/embeddings", {"model": "m", "input": "x"})
-    assert len(answer["data"][0]["embedding"]) == 8
+    for given, vectors in (("x", 1), (["x"], 1), (["x", "y"], 2), ([1, 2], 1)):
+        answer = shared.json("/v1/embeddings", {"model": "m", "input": given})
+        assert [len(d["embedding"]) for d in answer["data"]] == [8] * vectors
     assert [m["id"] for m in shared.json("/v1/models")["data"]] == ["m"]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from broker.worker import endpoints
 from broker.worker.endpoints import (
     Endpoints,
     EndpointsError,
@@ -42,8 +43,18 @@ def test_no_way_is_an_error_that_shows_what_was_offered(tmp_path: Path) -> None:
         choose(offered(f"ipc://{tmp_path}/none"), ROUTER)
 
 
-def test_on_the_routers_machine_the_default_is_an_abstract_socket_of_this_life() -> None:
-    assert default_bind(ROUTER, b"\x10" * 16) == "ipc://@penstock-" + "10" * 16
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost"])
+def test_on_the_routers_machine_the_default_is_an_abstract_socket_of_this_life(host: str) -> None:
+    assert default_bind(f"http://{host}:30000", b"\x10" * 16) == "ipc://@penstock-" + "10" * 16
+
+
+def test_elsewhere_the_default_is_a_free_port_on_the_address_that_leads_to_the_router(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(endpoints, "local_address", lambda host: "10.0.0.9")
+    assert default_bind("http://10.0.0.5:30000", b"\x10" * 16) == "tcp://10.0.0.9:*"
+    monkeypatch.setattr(endpoints, "local_address", lambda host: "fd00::9")
+    assert default_bind("http://[fd00::5]:30000", b"\x10" * 16) == "tcp://[fd00::9]:*"
 
 
 @pytest.mark.parametrize(
