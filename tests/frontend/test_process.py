@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from broker import config
 from broker.config import Server
@@ -23,6 +24,7 @@ from tests.support.client import Client, Exchange, State, chat
 from tests.support.table import Run
 from tests.support.waiting import eventually
 
+FLOOD = 96 * 1024 * 1024
 LONG_NS = 3_600_000_000_000
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +35,7 @@ class Engine:
     def __init__(self) -> None:
         self.connections: set[asyncio.StreamWriter] = set()
         self.streams: list[asyncio.StreamWriter] = []
+        self.flooded = 0
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections.add(writer)
@@ -40,7 +43,9 @@ class Engine:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
                 body = await reader.readexactly(length)
-                if b'"hold"' in body:
+                if b'"flood"' in body:
+                    await self.flood(writer)
+                elif b'"hold"' in body:
                     self.streams.append(writer)
                 elif b'"stream": true' in body:
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
@@ -50,6 +55,14 @@ class Engine:
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}")
         writer.close()
         self.connections.remove(writer)
+
+    async def flood(self, writer: asyncio.StreamWriter) -> None:
+        """Sends as fast as it is let, FLOOD bytes in all."""
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % FLOOD)
+        while self.flooded < FLOOD:
+            writer.write(b"x" * 65536)
+            await writer.drain()
+            self.flooded += 65536
 
     def finish(self, writer: asyncio.StreamWriter) -> None:
         writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
@@ -154,6 +167,31 @@ def test_a_client_that_leaves_is_seen_at_once_before_and_after_the_first_byte(tm
             exchange.leave()
         await eventually(lambda: not house.engine.connections, "both connections to the engine ended")
         await eventually(lambda: house.in_flight() == 0, "both leases closed")
+
+    in_house(tmp_path, test)
+
+
+def test_a_client_that_does_not_read_stops_its_engine_and_gets_every_byte_later(tmp_path: Path) -> None:
+    async def test(house: House) -> None:
+        process = await house.frontend()
+        reader, writer = await asyncio.open_connection("127.0.0.1", house.port, limit=65536)
+        writer.write(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 11\r\n\r\n{"flood":1}')
+        seen = [-1] * 25  # half a second of looking
+
+        def stuck() -> bool:
+            seen.append(house.engine.flooded)
+            return house.engine.flooded > 0 and len(set(seen[-25:])) == 1
+
+        await eventually(stuck, "the engine stands", 30)
+        # What is on the way lies in the buffers of four sockets (the system lets each grow to 6 MiB at most) and,
+        # bounded, in the frontend.
+        assert house.engine.flooded < FLOOD / 2
+        assert psutil.Process(process.pid).memory_info().rss < 128 * 1024 * 1024
+        await reader.readuntil(b"\r\n\r\n")
+        left = FLOOD
+        while left:
+            left -= len(await reader.read(1 << 20))
+        writer.close()
 
     in_house(tmp_path, test)
 
