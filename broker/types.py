@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 
 import msgspec
@@ -97,3 +98,5 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     session: str | None = None
     prompt: str = ""
     """The prompt's text, for policies that match prefixes."""
+    prompt_ids: Sequence[int] = ()
+    """The token ids of a prompt that has no text."""

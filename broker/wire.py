@@ -4,7 +4,7 @@ Every message is one frame: a msgpack array `[tag, field, ...]`. Unknown trailin
 field may be appended within a version; anything else changes `PROTOCOL`, which the first message of each
 conversation carries. Decoding validates: a frame of the wrong shape raises `WireError`, never anything else.
 
-    frontend  <-> scheduler   control.sock   FrontendHello, Register, Drain          / Welcome, Reply
+    frontend  <-> scheduler   control.sock   FrontendHello, Register, Drain, RoutingNotices / Welcome, Reply
     engine    <-> scheduler   engines.sock   EngineHello, EngineBeat, EngineGoodbye  / Accepted, Refused, SchedulerBeat
     engine     -> scheduler   load.sock      [b"load", sequence, Load]               PUB/SUB
     frontend  <-> engine      the engine's   DataHello, Ping, Request (+ body), Abort / DataWelcome, Pong, Step
@@ -60,6 +60,21 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag=3):
     call: int
     url: str
     resume: bool = False
+
+
+class RoutingNotices(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """Where prompts were sent, for the prefix index. Not answered, and no harm when lost.
+
+    Notice i: the prompt whose next `lengths[i]` keys (int64, native order) are in `keys` went to `slots[i]`, which had
+    `generations[i]` then.
+    """
+
+    last: int
+    """Number of the last of these notices; a frontend's notices are numbered in its order."""
+    slots: list[int]
+    generations: list[int]
+    lengths: list[int]
+    keys: bytes
 
 
 # -- scheduler -> frontend ---------------------------------------------------------------------------------
@@ -202,7 +217,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="Load"):
     kv_permille: int = -1
 
 
-FrontendToScheduler = FrontendHello | Register | Drain
+FrontendToScheduler = FrontendHello | Register | Drain | RoutingNotices
 SchedulerToFrontend = Welcome | Reply
 EngineToScheduler = EngineHello | EngineBeat | EngineGoodbye
 SchedulerToEngine = Accepted | Refused | SchedulerBeat | HelloAgain

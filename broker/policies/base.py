@@ -25,10 +25,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     waiting_weight: float = 1.0
     """What a waiting request counts where a running one counts 1."""
+    balance_abs_threshold: float = 1.0
+    """Loads that differ by more requests than this, and by more than the other threshold, are balanced first."""
+    balance_rel_threshold: float = 0.2
+    """As a part of the largest load."""
+    hit_ratio_weight: float = 1.0
+    load_balance_weight: float = 1.0
 
     @classmethod
     def of(cls, settings: Scheduler) -> Options:
-        return cls(waiting_weight=settings.waiting_weight)
+        return cls(**{name: getattr(settings, name) for name in cls.__struct_fields__})
 
 
 class Loads(Protocol):

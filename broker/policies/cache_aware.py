@@ -1,0 +1,50 @@
+"""`cache_aware`: FastDeploy's weighing of prefix hits against load."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+
+from broker.policies.base import Loads, Options, Vector, least
+from broker.prefix import PrefixIndex
+from broker.types import RouteRequest
+
+
+class CacheAware:
+    """Smallest `(100 - hit) / 100 x hit-ratio-weight + load / max load x load-balance-weight`, loads being live requests.
+
+    The original's rule: when the loads differ by more than both balance thresholds, or the prompt has no text, the
+    fewest prompt tokens decide, and nothing is recorded. `hit` is the percentage of the prompt's full blocks that the
+    instance has seen, an integer; equal sums are decided by prompt tokens.
+
+    Mended: equals beyond that are drawn instead of the first winning; an instance that has seen less of the prompt than
+    another gets its own percentage instead of 0; who was sent a prefix keeps its hits when others diverge in the
+    middle of it; the memory is shared by all frontends and survives restarts.
+    """
+
+    def __init__(self, options: Options, rng: Random, index: PrefixIndex) -> None:
+        self._options = options
+        self._rng = rng
+        self._index = index
+
+    def pick(self, request: RouteRequest, view: Loads) -> int:
+        return self.decide(request, view, view.in_flight)
+
+    def decide(self, request: RouteRequest, view: Loads, loads: Vector) -> int:
+        """The sums over `loads`, which differ between this policy and its remote variant."""
+        options = self._options
+        most = int(loads.max())
+        apart = most - int(loads.min())
+        uneven = apart > options.balance_abs_threshold and apart > options.balance_rel_threshold * most
+        if uneven or not (request.prompt or request.prompt_ids):
+            return int(view.slots[least(view.tokens, self._rng)])
+        match = self._index.match(request)
+        hits = match.depths[view.slots] * 100 // max(len(match.keys), 1)
+        scores = (100 - hits) / 100 * options.hit_ratio_weight
+        if most:
+            scores += loads / most * options.load_balance_weight
+        best = np.flatnonzero(scores == scores.min())
+        slot = int(view.slots[best[least(view.tokens[best], self._rng)]])
+        self._index.note(match, slot)
+        return slot

@@ -1,0 +1,24 @@
+"""`remote_cache_aware`: `cache_aware` over what the engines report."""
+
+from __future__ import annotations
+
+from random import Random
+
+from broker.policies.base import Loads, Options
+from broker.policies.cache_aware import CacheAware
+from broker.prefix import PrefixIndex
+from broker.types import RouteRequest
+
+
+class RemoteCacheAware:
+    """The sums of `cache_aware`, loads being the requests that engines report, those of other routers included.
+
+    The original fetches them from every engine before each decision. Here they come from the shared table, at most a
+    second old (`manager.metrics-interval-secs`), corrected by what this host's counters have moved since the report.
+    """
+
+    def __init__(self, options: Options, rng: Random, index: PrefixIndex) -> None:
+        self._rule = CacheAware(options, rng, index)
+
+    def pick(self, request: RouteRequest, view: Loads) -> int:
+        return self._rule.decide(request, view, view.load)
