@@ -66,7 +66,7 @@ def dump(segment: Segment, *, only: str | None = None, zeros: bool = False) -> I
     layout = segment.layout
     pid = segment.writer_pid
     created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(segment.created_ns / 1e9))
-    yield f"segment {segment.path}: layout {layout.name!r} version {layout.version}, digest {layout.digest:#x}"
+    yield f"segment {segment.path}: layout {layout.name!r} version {layout.version}, digest {layout.digest & 2**64 - 1:#x}"
     yield f"  {layout.size} bytes, created {created}, epoch {segment.epoch}, writer {_owner(pid)}"
     if only is not None and only not in {block.name for block in layout.blocks}:
         raise SegmentError(f"{segment.path} has no block {only!r}")
