@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.005
 """A frontend that took no more is tried again after this long."""
 MOST_BYTES = 128 * 1024 * 1024
+"""A frame larger than this ends its connection (and than `max_body_bytes`, if that is more)."""
 FORGET_AFTER_S = 60.0
 """A frontend that has been silent for this long and has nothing under way is forgotten."""
 SEND_MARK = 256
@@ -108,7 +109,7 @@ class Engine:
         """Binds the data socket, so that `endpoint` is known at once. Raises `zmq.ZMQError` or ValueError.
 
         `capacity`: requests it runs at once, 0 = it does not say. `bind`: see `endpoints.default_bind`.
-        `max_held_bytes`: what may wait for one frontend that does not read before its requests are ended.
+        `max_held_bytes`: what may wait for one frontend that does not read, beyond which its requests are ended.
         """
         if len(transfer) > wire.MAX_TRANSFER_BYTES:
             raise ValueError(f"transfer metadata of {len(transfer)} bytes, the limit is {wire.MAX_TRANSFER_BYTES}")
@@ -261,9 +262,14 @@ class Engine:
         if not frontend.stalled:
             self._note_idle()
             return
-        if frontend.outbox.held_bytes > self._max_held_bytes and frontend.calls:
+        held = frontend.outbox.held_bytes
+        if held > 2 * self._max_held_bytes:  # even the refusals of its new requests pile up
+            log.error("a frontend sends and never reads: forgotten")
+            self._lose(frontend)
+            return
+        if held > self._max_held_bytes and frontend.calls:
             log.warning("a frontend does not read: %d requests ended", len(frontend.calls))
-            frontend.outbox.clear()  # a gap in each answer, which the frontend ends with an error anyway
+            # What is held stays: it may hold the ends of other answers, and nothing is added to it any more.
             self._end_all(frontend, EngineError(503, "the frontend did not read the answer"))
         if self._retry is None:
             self._retry = self._loop.call_later(RETRY_S, self._send_stalled)
@@ -357,6 +363,8 @@ class Engine:
                 raise EngineError(409, f"say hello in protocol {wire.PROTOCOL} first")
             if self._leaving:
                 raise EngineError(503, "the engine is shutting down")
+            if frontend.outbox.held_bytes > self._max_held_bytes:
+                raise EngineError(503, "the frontend does not read its answers")
             if len(body) > self._max_body_bytes:
                 raise EngineError(413, f"body of {len(body)} bytes, the limit is {self._max_body_bytes}")
             if message.id in frontend.calls:
