@@ -235,7 +235,7 @@ def decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes | memoryview, limit
         raise WireError(f"message of {len(frame)} bytes, the limit is {limit}")
     try:
         return decoder.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise WireError(f"malformed message: {e}") from e
 
 

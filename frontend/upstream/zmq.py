@@ -209,13 +209,15 @@ class ZmqUpstream:
         """
         self._turn_due = False
         ready = self._ready
+        whole = False
         try:
             if not self._closed:
                 self._read()
             for _ in range(len(ready)):
                 ready.popleft().deliver()
-        finally:  # a bug in one client's sink must not keep the others' bytes back
-            if ready:
+            whole = True
+        finally:  # a bug in one client's sink must not keep the others' bytes back, nor what is still unread
+            if ready or not whole:
                 self._turn_soon()
         if self._aborting:
             self._send_aborts()
@@ -258,7 +260,7 @@ class ZmqUpstream:
         """One message of an engine. Raises `WireError` for what is none."""
         try:
             fields = _decode(frame)
-        except (msgspec.DecodeError, RecursionError) as e:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
             raise WireError(f"malformed message: {e}") from e
         if fields and fields[0] == wire.STEP_TAG:
             if len(fields) < 3 or type(fields[1]) is not bytes or type(fields[2]) is not list:
