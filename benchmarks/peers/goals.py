@@ -119,7 +119,7 @@ def _memory(samples: Samples) -> Iterator[Row]:
         for sample in samples.idle()
         if sample["router"].startswith("penstock")
         for process in sample["processes"]
-        if "-m frontend" in process["command"]
+        if process["process"].endswith("-m frontend")
     ]
     if frontends:
         yield _row("idle frontend, private memory", "", max(frontends), IDLE_MIB, None, " MiB", at_most=True)

@@ -62,11 +62,13 @@ def memory(pids: list[int]) -> Memory:
     return Memory(private, shared)
 
 
-def command(pid: int) -> str:
+def label(pid: int) -> str:
+    """What the process is, in up to three words without folders: `python -m frontend`."""
     try:
-        return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        text = (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
-        return ""
+        return "gone"
+    return " ".join(word.rpartition("/")[2] for word in text.split()[:3])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from benchmarks.peers import prompts
 from benchmarks.peers.engines import HttpEngines
 from benchmarks.peers.http import post
 from benchmarks.peers.install import tool
-from benchmarks.peers.machine import Memory, Usage, cpu_s, family, memory
+from benchmarks.peers.machine import Memory, Usage, cpu_s, family, label, memory
 from benchmarks.peers.process import environment, limit
 from benchmarks.peers.routers import Launch
 from benchmarks.peers.scenarios import Kind, Pace, Scenario
@@ -99,6 +99,8 @@ class Meter:
         if scenario.kind is Kind.HOLD and launch.process:
             sample["idle_private_kib"] = launch.idle_private_kib
             sample["kib_per_stream"] = round((held.private - launch.idle_private_kib) / scenario.connections, 2)
+        if len(spent) > 1:
+            sample["cpu_s_by_process"] = {f"{p} {label(p)}": round(s, 3) for p, s in spent.items()}
         if launch.workers > 1 and len(spent) > 1:
             first, second = sorted(spent.values(), reverse=True)[:2]
             sample["second_share"] = round(second / max(first + second, 0.01), 3)
@@ -110,11 +112,11 @@ class Meter:
         return sample
 
     def _load(self, launch: Launch, scenario: Scenario, seconds: float) -> dict[str, Any]:
-        command = self._command(launch, scenario)
-        command += ["--seconds", str(max(seconds, 3.0) if scenario.kind is Kind.STREAM else seconds)]
-        command += ["--warmup", "0.3", "--ramp-ms", str(scenario.ramp_ms)]
+        arguments = self._command(launch, scenario)
+        arguments += ["--seconds", str(max(seconds, 3.0) if scenario.kind is Kind.STREAM else seconds)]
+        arguments += ["--warmup", "0.3", "--ramp-ms", str(scenario.ramp_ms)]
         done = subprocess.run(
-            command,
+            arguments,
             capture_output=True,
             text=True,
             timeout=seconds + 60,
@@ -125,9 +127,9 @@ class Meter:
         return _result(done.stdout, done.stderr)
 
     def _hold(self, launch: Launch, scenario: Scenario, pids: list[int]) -> tuple[dict[str, Any], Memory]:
-        command = [*self._command(launch, scenario), "--hold", "--warmup", "0", "--ramp-ms", str(scenario.ramp_ms)]
+        arguments = [*self._command(launch, scenario), "--hold", "--warmup", "0", "--ramp-ms", str(scenario.ramp_ms)]
         with subprocess.Popen(
-            command,
+            arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

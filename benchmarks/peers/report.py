@@ -142,9 +142,8 @@ def _memory(samples: Samples) -> None:
     print("|---" * 5 + "|")
     for sample in samples.idle():
         for process in sample["processes"]:
-            words = " ".join(word.rpartition("/")[2] for word in process["command"].split()[:4])
             private, shared = process["private"] / 1024, process["shared"] / 1024
-            print(f"| {sample['mode']} | {sample['router']} | {words} | {private:.1f} | {shared:.1f} |")
+            print(f"| {sample['mode']} | {sample['router']} | {process['process']} | {private:.1f} | {shared:.1f} |")
 
 
 def _goals(samples: Samples) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.peers.engines import HttpEngines
-from benchmarks.peers.machine import command, family, memory, wait_for_quiet
+from benchmarks.peers.machine import family, label, memory, wait_for_quiet
 from benchmarks.peers.measure import Inputs, Meter, Sample
 from benchmarks.peers.process import Children
 from benchmarks.peers.routers import Launch, Router
@@ -134,5 +134,5 @@ def _idle(mode: Mode, launch: Launch) -> Sample:
         "mode": mode.name,
         "scenario": "idle",
         "router": launch.label,
-        "processes": [{"command": command(p), **vars(memory([p]))} for p in pids],
+        "processes": [{"process": label(p), **vars(memory([p]))} for p in pids],
     }

@@ -202,12 +202,18 @@ class Launch:
         env = {k: Template(v).substitute(names) for k, v in router.env.items()}
         self._log = folder / "log"
         self.process = children.start(self.command, core=core, log=self._log, env=env, cwd=folder)
-        if router.registers or router.native:
+        try:
+            self._bring_up(children, http, engine_core, folder)
+        except BaseException:
+            children.stop(self.process)  # what is left out must not use the machine either
+            raise
+
+    def _bring_up(self, children: Children, http: HttpEngines, engine_core: int | None, folder: Path) -> None:
+        if self.router.registers or self.router.native:
             self._wait("it listens", lambda: answers(f"{self.base}/health", any_status=True))
-        if router.registers:
-            for port in http.ports:
-                self._register(port)
-        if router.native:
+        if self.router.registers:
+            self._wait("it takes its engines", lambda: all(self._registers(port) for port in http.ports))
+        if self.router.native:
             self.engines = NativeEngines(children, engine_core, self.base, folder / "engine.log")
         self._wait("it answers a request", self._answers)
 
@@ -215,15 +221,18 @@ class Launch:
     def base(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def _register(self, port: int) -> None:
+    def _registers(self, port: int) -> bool:
         form = {"role": "mixed", "host_ip": "127.0.0.1", "port": str(port), "metrics_port": str(port)}
         if self.router.ours:
             form["engine"] = "openai"
-        post(f"{self.base}/register", json.dumps(form).encode())
+        return self._accepts("/register", json.dumps(form).encode())
 
     def _answers(self) -> bool:
+        return self._accepts("/v1/chat/completions", prompts.one(1024, stream=False)[0])
+
+    def _accepts(self, path: str, body: bytes) -> bool:
         try:
-            post(f"{self.base}/v1/chat/completions", prompts.one(1024, stream=False)[0])
+            post(f"{self.base}{path}", body)
         except OSError:
             return False
         return True
