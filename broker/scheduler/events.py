@@ -18,10 +18,10 @@ import zmq
 from broker import wire
 from broker.engines import native, sglang
 from broker.errors import WireError
+from broker.port import Frames, Port
 from broker.scheduler.tally import Tally
 from broker.table import SchedulerEvent
 from broker.types import LoadReport, Trust
-from broker.worker.port import Frames, Port
 
 logger = logging.getLogger("scheduler")
 

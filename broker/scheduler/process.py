@@ -25,6 +25,7 @@ import zmq
 from broker import wire
 from broker.config import Config
 from broker.errors import ConfigError, WireError
+from broker.port import Frames, Port
 from broker.scheduler.collect import Collector
 from broker.scheduler.events import LoadFeed, Source
 from broker.scheduler.registrar import Registrar, answer
@@ -33,7 +34,6 @@ from broker.scheduler.tally import Tally
 from broker.scheduler.watch import Watch
 from broker.table import BEAT_S, SchedulerEvent, TableWriter
 from broker.types import LoadReport
-from broker.worker.port import Frames, Port
 
 logger = logging.getLogger("scheduler")
 

@@ -23,11 +23,11 @@ import zmq
 
 from broker import wire
 from broker.errors import WireError
+from broker.port import Frames, Port
 from broker.types import Role
 from broker.worker import endpoints
 from broker.worker.link import Link, Load
 from broker.worker.outbox import STEP_BYTES, Delta, Outbox
-from broker.worker.port import Frames, Port
 from broker.worker.request import EngineError, Request
 
 log = logging.getLogger(__name__)

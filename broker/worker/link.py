@@ -17,8 +17,8 @@ import zmq
 
 from broker import wire
 from broker.errors import WireError
+from broker.port import Frames, Port
 from broker.worker import endpoints
-from broker.worker.port import Frames, Port
 from broker.worker.session import Phase, Session
 
 log = logging.getLogger(__name__)
