@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format bench stress e2e-vllm lock clean
+.PHONY: help install run test check format bench bench-peers stress e2e-vllm lock clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## create .venv from the lock
 
@@ -39,6 +39,10 @@ bench: $(STAMP) ## benchmarks of the pieces and of the whole; table on screen, J
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -m '' --timeout=600 --benchmark-json=benchmarks/results/bench.json $(ARGS)
 
+bench-peers: $(STAMP) ## Penstock beside other routers; ROUNDS=5 ONLY=.. SCENARIOS=.. MODES=pinned,free FD_ROUTER=path
+	@ROUNDS="$(ROUNDS)" ONLY="$(ONLY)" SCENARIOS="$(SCENARIOS)" MODES="$(MODES)" FD_ROUTER="$(FD_ROUTER)" \
+	  $(BIN)/python -m benchmarks.peers $(ARGS)
+
 stress: $(STAMP) ## races and kills in real processes, each also with its protection switched off
 	$(BIN)/python -m pytest -m stress --timeout=900 $(ARGS)
 
@@ -50,5 +54,5 @@ lock: ## resolve pyproject.toml anew into requirements.lock (needs uv)
 	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet -o requirements.lock
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/results
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/results benchmarks/peers/installed
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
