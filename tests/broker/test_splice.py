@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from broker.errors import BadRequest
-from broker.splice import find_member, members, replace_member
+from broker.splice import edit_members, find_member, members, replace_member
 
 
 def found(body: bytes, name: str) -> bytes | None:
@@ -252,3 +252,45 @@ def test_any_bytes_give_members_or_bad_request(body: bytes) -> None:
     except BadRequest:
         return
     assert set(spans) == set(json.loads(body))
+
+
+# -- several at once -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "changes", "edited"),
+    [
+        (b'{"a":1,"b":2}', {}, b'{"a":1,"b":2}'),
+        (b'{"a":1,"b":2}', {"b": b"3", "a": b"4"}, b'{"a":4,"b":3}'),
+        (b' { "a" : 1 , "b":2,\n"c" : [3] } ', {"a": None, "c": b"9", "d": b"4"}, b' {"b":2,\n"c" : 9,"d":4 } '),
+        (b'{"a":1,"b":2}', {"b": None}, b'{"a":1}'),
+        (b'{"a":1}', {"a": None}, b"{}"),
+        (b'{"a":1}', {"a": None, "b": b"2"}, b'{"b":2}'),
+        (b"{ }", {"b": b"2", "c": b"3", "x": None}, b'{"b":2,"c":3 }'),
+        (b'{"\\u0061":1,"n":9007199254740993}', {"a": b"2"}, b'{"\\u0061":2,"n":9007199254740993}'),
+    ],
+)
+def test_members_are_exchanged_taken_out_and_added_at_once(
+    body: bytes, changes: dict[str, bytes | None], edited: bytes
+) -> None:
+    assert edit_members(body, changes) == edited
+
+
+@pytest.mark.parametrize("body", [b"[]", b"", b'{"a":1,"a":2}'])
+def test_what_is_no_object_of_single_members_is_not_edited(body: bytes) -> None:
+    with pytest.raises(BadRequest):
+        edit_members(body, {"b": b"1"})
+
+
+@given(
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=5),
+    st.dictionaries(st.text(max_size=3), st.none() | st.integers(), max_size=5),
+    st.sampled_from([None, 2]),
+)
+def test_editing_does_what_it_does_to_the_decoded_object(
+    tree: dict[str, int], changes: dict[str, int | None], indent: int | None
+) -> None:
+    body = json.dumps(tree, indent=indent).encode()
+    edited = edit_members(body, {k: None if v is None else str(v).encode() for k, v in changes.items()})
+    merged = {**tree, **changes}
+    assert json.loads(edited) == {k: v for k, v in merged.items() if v is not None}
