@@ -11,7 +11,8 @@ import pytest
 
 from shm import rundir
 from shm.rundir import RunDirectory, RunDirectoryError, is_owned, remove_stale
-from tests.support.children import child, kill, until
+from tests.support.children import child, kill
+from tests.support.waiting import until
 
 
 @pytest.fixture

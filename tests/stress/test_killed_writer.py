@@ -16,7 +16,8 @@ import pytest
 from shm.segment import Segment
 from shm.seqlock import RowReader, RowWriter
 from tests.stress.test_torn_rows import COLUMNS, LAYOUT, SLOTS, UncheckedReader, _cells
-from tests.support.children import child, kill, until
+from tests.support.children import child, kill
+from tests.support.waiting import until
 
 
 def _write(path: Path) -> None:

@@ -22,8 +22,9 @@ from broker.counters import CounterColumn, CountersReader, FrontendCounters, att
 from broker.lease import Lease, take
 from broker.types import LoadReport, Role
 from broker.view import TableReader
-from tests.support.children import child, kill, until
+from tests.support.children import child, kill
 from tests.support.table import Run
+from tests.support.waiting import until
 
 C = CounterColumn
 INSTANCES = 5
@@ -141,10 +142,10 @@ def test_settled_before_it_is_dead_a_frontend_finishes_twice(tmp_path: Path) -> 
 
 
 def _look_backwards(reader: CountersReader) -> Callable[[], bool]:
-    """The order of loads that `shm.cells` forbids; whether it shows less than nothing in flight."""
+    """The order of loads that `shm.cells` forbids; whether it shows less than nothing in flight in a thousand looks."""
     started = reader.window(C.STARTED, 1, 1)
     finished = reader.window(C.FINISHED, 1, 1)
-    return lambda: int(np.subtract(started.sum(), finished.sum())) < 0
+    return lambda: any(int(np.subtract(started.sum(), finished.sum())) < 0 for _ in range(1000))
 
 
 def _one_after_another(path: Path, config: Config) -> None:

@@ -18,7 +18,8 @@ import pytest
 
 from shm.segment import Block, Layout, Segment
 from shm.seqlock import RowReader, RowWriter
-from tests.support.children import child, until
+from tests.support.children import child
+from tests.support.waiting import until
 
 COLUMNS, SLOTS, BLOB = 16, 8, 1024
 LAYOUT = Layout(

@@ -32,9 +32,13 @@ from typing import Any, Self
 import psutil
 import yaml
 
+from broker.config import parse
+from broker.table import LOAD, load_layout
+from shm.segment import Segment
 from tests.support.waiting import until
 
 MARK = "PENSTOCK_TEST_RUN"
+ROOT = Path(__file__).parents[2]
 STOP_WITHIN = 20.0
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -136,8 +140,10 @@ class Fleet:
         sim: int = 0,
         config: Mapping[str, Mapping[str, object]] | None = None,
         arguments: Sequence[str] = (),
+        instead: Mapping[str, str] | None = None,
     ) -> None:
-        """`config` is the tree of config.yaml; `arguments` are further flags of `penstock serve`."""
+        """`config` is the tree of config.yaml; `arguments` are further flags of `penstock serve`; `instead` names the
+        modules that are started in the place of Penstock's (`tests.support.standins`)."""
         self.root = root
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -145,6 +151,9 @@ class Fleet:
         self.workers = workers
         self._mark = secrets.token_hex(8)
         self._environment = {**os.environ, MARK: self._mark, "PYTHONUNBUFFERED": "1"}
+        self._instead = dict(instead or {})
+        if instead:
+            self._environment["PYTHONPATH"] = str(ROOT)
         self.engines: dict[str, Engine] = {}
         self._flags = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", str(workers)]
         self._flags += ["--shm-dir", str(self.shm_dir), *arguments]
@@ -158,7 +167,10 @@ class Fleet:
 
     def __enter__(self) -> Self:
         self.shm_dir.mkdir()
-        self.supervisor = self.program("supervisor", ["-m", "broker.cli", "serve", *self._flags])
+        program = ["tests.support.standins.supervisor", *map("=".join, self._instead.items())]
+        self.supervisor = self.program(
+            "supervisor", ["-m", *(program if self._instead else ["broker.cli"]), "serve", *self._flags]
+        )
         try:
             until(self._answers, lambda: f"the start of Penstock:\n{self.supervisor.output}", 30.0)
         except BaseException:
@@ -235,10 +247,27 @@ class Fleet:
         found = {name: psutil.Process(engine.popen.pid) for name, engine in self.engines.items()}
         for child in psutil.Process(self.supervisor.popen.pid).children():
             with contextlib.suppress(psutil.Error):
-                name = _name(child.cmdline())
+                name = self._name(child.cmdline())
                 if name and child.status() != psutil.STATUS_ZOMBIE:
                     found[name] = child
         return found
+
+    def _name(self, command: Sequence[str]) -> str:
+        """What a child of the supervisor is, by its command line; empty if it is nothing of ours (yet: between fork
+        and exec it still looks like the supervisor)."""
+        if "-m" not in command:
+            return ""
+        module = command[command.index("-m") + 1]
+        if module == self._module("broker.scheduler"):
+            return "scheduler"
+        if module == self._module("frontend"):
+            return f"frontend-{command[command.index('--index') + 1]}"
+        if module == "broker.worker.sim":
+            return command[command.index("--name") + 1]
+        return ""
+
+    def _module(self, name: str) -> str:
+        return self._instead.get(name, name)
 
     def process(self, name: str) -> psutil.Process:
         found = self.processes()
@@ -259,6 +288,16 @@ class Fleet:
         process = self.process(name)
         process.suspend()
         until(lambda: process.status() == psutil.STATUS_STOPPED, f"{name} stopped")
+
+    def freeze_scheduler_in_a_row(self) -> None:
+        """The scheduler stands in the middle of a row; its program is `standins.midrow_scheduler`."""
+        process = self.process("scheduler")
+        process.send_signal(signal.SIGUSR1)
+        until(lambda: process.status() == psutil.STATUS_STOPPED, "the scheduler stopped itself")
+        settings = parse((self.run_dir / "config.json").read_bytes())
+        with Segment.attach(self.run_dir / LOAD, load_layout(settings.shm.slots)) as segment:
+            odd = [slot for slot, sequence in enumerate(segment.cells("sequence").tolist()) if sequence & 1]
+        assert len(odd) == 1, f"rows being written: {odd}"
 
     def thaw(self, name: str) -> None:
         self.process(name).resume()
@@ -329,18 +368,3 @@ def fetch(url: str, body: object = None) -> tuple[int, Any]:
         return status, json.loads(content)
     except ValueError:
         return status, content.decode(errors="replace")
-
-
-def _name(command: Sequence[str]) -> str:
-    """What a child of the supervisor is, by its command line; empty if it is nothing of ours (yet: between fork and
-    exec it still looks like the supervisor)."""
-    if "-m" not in command:
-        return ""
-    module = command[command.index("-m") + 1]
-    if module == "broker.scheduler":
-        return "scheduler"
-    if module == "frontend":
-        return f"frontend-{command[command.index('--index') + 1]}"
-    if module == "broker.worker.sim":
-        return command[command.index("--name") + 1]
-    return ""
