@@ -5,6 +5,11 @@ Foreign exceptions are translated where they enter (upstream, wire, config) with
 
 from __future__ import annotations
 
+import msgspec
+
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for foreign bytes: of another shape, with text that is not UTF-8, or nested without end."""
+
 
 class PenstockError(Exception):
     """Root of the tree. `status` and `kind` make the answer; `retryable` says that another instance may be tried."""

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from broker.errors import BadRequest
+from broker.errors import UNDECODABLE, BadRequest
 
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MEMBER = re.compile(rb'[ \t\n\r]*,?[ \t\n\r]*("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\n\r]*:[ \t\n\r]*')
@@ -85,7 +85,7 @@ def members(body: bytes) -> dict[str, tuple[int, int]]:
         values = _OBJECT.decode(body)
     except msgspec.ValidationError as e:
         raise BadRequest("the body is not a JSON object") from e
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+    except UNDECODABLE as e:
         raise BadRequest(f"the body is not valid JSON: {e}") from e
     found: dict[str, tuple[int, int]] = {}
     key = ""

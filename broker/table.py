@@ -32,7 +32,7 @@ import msgspec
 
 from broker.config import Config
 from broker.counters import CounterColumn, CountersReader, attach_counters
-from broker.errors import MetadataTooLarge, TableFull
+from broker.errors import UNDECODABLE, MetadataTooLarge, TableFull
 from broker.types import Instance, LoadReport, Trust
 from shm import fence
 from shm.segment import Block, Layout, Segment
@@ -221,7 +221,7 @@ class TableWriter:
         start = slot * MAX_BLOB_BYTES
         try:
             return decode(self._blobs[start : start + size])
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             return None
 
     # -- membership ----------------------------------------------------------------------------------------

@@ -22,13 +22,12 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from broker.candidates import Candidates, Entry, Group, Vector, by_url
 from broker.config import Config
 from broker.counters import CounterColumn, CountersReader, attach_counters
-from broker.errors import ModelNotFound, NoInstance
+from broker.errors import UNDECODABLE, ModelNotFound, NoInstance
 from broker.table import (
     BEAT_S,
     HOLDS_INSTANCE,
@@ -356,7 +355,7 @@ class TableReader:
             return kept[2] if kept is not None and kept[0] == generation else None
         try:
             instance = decode(blob)
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             return None
         self._decoded[slot] = generation, version, instance
         return instance

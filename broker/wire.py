@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
-from broker.errors import WireError
+from broker.errors import UNDECODABLE, WireError
 from broker.types import Role
 
 PROTOCOL = 1
@@ -235,7 +235,7 @@ def decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes | memoryview, limit
         raise WireError(f"message of {len(frame)} bytes, the limit is {limit}")
     try:
         return decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+    except UNDECODABLE as e:
         raise WireError(f"malformed message: {e}") from e
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from broker import wire
 from broker.config import Config
-from broker.errors import BadRequest, BodyTooLarge, ModelNotFound, PenstockError
+from broker.errors import UNDECODABLE, BadRequest, BodyTooLarge, ModelNotFound, PenstockError
 from broker.table import State
 from broker.types import Role
 from broker.view import TableReader
@@ -53,7 +53,7 @@ class Admin:
         """`{"url": ..., "resume": false}`: no new requests to the instance, or again."""
         try:
             asked = msgspec.json.decode(await _body(request), type=_Drain)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        except UNDECODABLE as e:
             raise BadRequest(f"the body must be like {{'url': '...', 'resume': false}}: {e}") from e
         return _passed_on(await self._control.drain(asked.url, resume=asked.resume))
 

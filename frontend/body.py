@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from broker.errors import BadRequest
+from broker.errors import UNDECODABLE, BadRequest
 
 BYTES_PER_TOKEN = 4
 """The estimate for text; token-id lists are counted exactly."""
@@ -46,7 +46,7 @@ def parse(data: bytes) -> Body:
     """Raises `BadRequest` for what is no JSON object, or has a `model` or `stream` of the wrong type."""
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+    except UNDECODABLE as e:
         return _parse_slowly(data, e)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from broker.errors import UNDECODABLE
 from broker.table import UNKNOWN, Column, State
 from broker.types import Trust
 from broker.view import Entry, TableReader
@@ -89,7 +90,7 @@ def _shown(transfer: bytes) -> Any:
         return None
     try:
         return msgspec.json.decode(transfer)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return {"base64": base64.b64encode(transfer).decode("ascii")}
 
 

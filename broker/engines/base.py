@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from broker.errors import UNDECODABLE
 from broker.types import EngineKind, LoadReport
 
 MODELS_PATH = "/v1/models"
@@ -71,7 +72,7 @@ _models_decoder = msgspec.json.Decoder(_Models)
 def _models(body: bytes) -> list[_Model]:
     try:
         return _models_decoder.decode(body).data
-    except (msgspec.DecodeError, RecursionError):
+    except UNDECODABLE:
         return []
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from broker.engines.base import Evidence, count, mean_permille, permille, samples
+from broker.errors import UNDECODABLE
 from broker.types import EngineKind, LoadReport, Trust
 
 SERVER_INFO_PATHS = ("/server_info", "/get_server_info")
@@ -108,7 +109,7 @@ def load_endpoints(server_info: bytes, host: str) -> str:
     """
     try:
         events = msgspec.json.decode(server_info, type=_ServerInfo).kv_events
-    except (msgspec.DecodeError, RecursionError):
+    except UNDECODABLE:
         return ""
     if events is None or events.load_endpoint_port_base is None or not 1 <= events.dp_size <= MOST_RANKS:
         return ""

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from broker import wire
-from broker.errors import BadRegistration, MetadataTooLarge
+from broker.errors import UNDECODABLE, BadRegistration, MetadataTooLarge
 from broker.types import EngineKind, FastDeployFields, Instance, Role
 
 Fields = Mapping[str, Any]
@@ -73,7 +73,7 @@ def parse_body(body: bytes, splitwise: bool) -> Registration:
     try:
         raw = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         fields = {key: value if key == "transfer" else msgspec.json.decode(value) for key, value in raw.items()}
-    except (msgspec.DecodeError, RecursionError) as e:
+    except UNDECODABLE as e:
         raise BadRegistration(f"the body must be a JSON object: {e}") from e
     return parse(fields, splitwise)
 

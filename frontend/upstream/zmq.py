@@ -26,6 +26,7 @@ import zmq
 from broker import wire
 from broker.config import Config
 from broker.errors import (
+    UNDECODABLE,
     BadRequest,
     ConnectFailed,
     EngineSaturated,
@@ -260,7 +261,7 @@ class ZmqUpstream:
         """One message of an engine. Raises `WireError` for what is none."""
         try:
             fields = _decode(frame)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        except UNDECODABLE as e:
             raise WireError(f"malformed message: {e}") from e
         if fields and fields[0] == wire.STEP_TAG:
             if len(fields) < 3 or type(fields[1]) is not bytes or type(fields[2]) is not list:
