@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from starlette.types import Message, Receive, Send
 
@@ -88,10 +87,8 @@ class Answer:
 
     def fail(self, error: PenstockError) -> None:
         self._error = error
-        if self._head is not None and _takes_events(self._head[1]):
-            if not self._last.endswith((b"\n\n", b"\r\n\r\n")):
-                self._chunks.append(b"\n\n")  # ends the event that the engine left half written
-            self._chunks.append(errors.event(error))
+        if self._head is not None and takes_events(self._head[1]):
+            self._chunks.append(last_event(error, self._last))
             self._error = None
         self._ended = True
         self._wake()
@@ -148,7 +145,26 @@ class Answer:
             self._waiter.set_result(None)
 
 
-def _takes_events(found: Headers) -> bool:
+async def send_error(send: Send, error: PenstockError, ident: bytes = b"") -> None:
+    """A whole answer made of an error."""
+    data, found = whole_error(error, ident)
+    await send({"type": "http.response.start", "status": error.status, "headers": found})
+    await send({"type": "http.response.body", "body": data})
+
+
+# -- what both paths say of an error ---------------------------------------------------------------------------
+
+
+def whole_error(error: PenstockError, ident: bytes = b"") -> tuple[bytes, Headers]:
+    """Body and headers of an answer made of an error."""
+    data = errors.body(error)
+    found = [*errors.headers(error), (b"content-length", b"%d" % len(data))]
+    if ident:
+        found.append((headers.REQUEST_ID, ident))
+    return data, found
+
+
+def takes_events(found: Headers) -> bool:
     """Whether an event can be added to an answer with these headers."""
     kinds: dict[bytes, bytes] = dict(found)
     return (
@@ -158,11 +174,7 @@ def _takes_events(found: Headers) -> bool:
     )
 
 
-async def send_error(send: Send, error: PenstockError, ident: bytes = b"") -> None:
-    """A whole answer made of an error."""
-    data = errors.body(error)
-    found: list[Any] = [*errors.headers(error), (b"content-length", str(len(data)).encode())]
-    if ident:
-        found.append((headers.REQUEST_ID, ident))
-    await send({"type": "http.response.start", "status": error.status, "headers": found})
-    await send({"type": "http.response.body", "body": data})
+def last_event(error: PenstockError, last: bytes) -> bytes:
+    """The error as the event that follows `last`, the bytes sent last; ends the one that was left half written."""
+    cut = b"" if last.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n"
+    return cut + errors.event(error)

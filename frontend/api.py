@@ -1,4 +1,8 @@
-"""The inference routes: any `POST /v1/…`. Reads the body, understands what decides its way, and lets it go."""
+"""The inference routes: any `POST /v1/…`. Reads the body, understands what decides its way, and lets it go.
+
+What a request means and how it is refused is said here once, for both ways in: over ASGI (`Inference.__call__`), and
+without it (`frontend.lean`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from broker.types import RouteRequest
 from frontend import body, headers
 from frontend.answer import Answer, send_error
 from frontend.forward import Forward, Forwarder, access, count_response, printable
-from frontend.upstream.base import UpstreamRequest
+from frontend.upstream.base import Headers, Sink, UpstreamRequest
 
 _OPAQUE = (b"multipart/", b"audio/", b"image/", b"video/", b"application/octet-stream")
 """Bodies that are forwarded unread, as the audio routes take them; their model is not known."""
@@ -27,21 +31,22 @@ class ClientGone(Exception):
 
 
 class Inference:
-    """The ASGI application of the inference routes."""
+    """The inference routes of one frontend; an ASGI application."""
 
     def __init__(self, config: Config, forwarder: Forwarder) -> None:
-        self._limit = config.server.max_body_bytes
-        self._bound = config.upstream.stream_buffer_bytes
+        self.limit = config.server.max_body_bytes
+        self.bound = config.upstream.stream_buffer_bytes
+        """What one slow client may hold, in bytes."""
         self._aliases = config.models.aliases
         self._forwarder = forwarder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ident = headers.request_id(scope["headers"])
-        answer = Answer(ident, self._bound)
+        answer = Answer(ident, self.bound)
         try:
             forward = await self._read(scope, receive, ident, answer)
         except BadRequest as error:
-            self._count_rejected(scope, ident, error)
+            self.refuse(scope["path"], ident, error)
             await send_error(send, error, ident)
         except ClientGone:
             pass
@@ -51,16 +56,15 @@ class Inference:
     async def _read(self, scope: Scope, receive: Receive, ident: bytes, answer: Answer) -> Forward:
         """The request as it will go out. A function of its own: its locals, the body among them, end with it, and
         not with the answer's last byte."""
-        data = await read_body(scope, receive, self._limit)
-        route, request = self.understand(scope, data, ident)
-        return self._forwarder.forward(ident, route, request, answer)
+        data = await read_body(scope, receive, self.limit)
+        return self.forward(scope["path"], _target(scope), scope["headers"], data, ident, answer)
 
-    def understand(self, scope: Scope, data: bytes, ident: bytes) -> tuple[RouteRequest, UpstreamRequest]:
-        """What the choice depends on, and what is sent. Raises `BadRequest`."""
-        found = scope["headers"]
+    def forward(self, path: str, target: str, found: Headers, data: bytes, ident: bytes, sink: Sink) -> Forward:
+        """The request as it will go out, its answer to `sink`; not begun yet. `target` is path and query as the client
+        wrote them. Raises `BadRequest`."""
         session = _value(found, b"x-session-id").decode("latin-1") or None
         stream = False
-        if scope["path"] in _ALWAYS_JSON or not _value(found, b"content-type").lower().startswith(_OPAQUE):
+        if path in _ALWAYS_JSON or not _value(found, b"content-type").lower().startswith(_OPAQUE):
             read = body.parse(data)
             model, stream = read.model, bool(read.stream)
             if model is not None and (meant := self._aliases.get(model)) is not None:
@@ -70,24 +74,22 @@ class Inference:
             route = RouteRequest(model=model, session=read.session() or session, prompt=text, prompt_tokens=tokens)
         else:
             route = RouteRequest(session=session)
-        request = UpstreamRequest(path=_path(scope), headers=headers.for_engine(found, ident), body=data, stream=stream)
-        return route, request
+        request = UpstreamRequest(path=target, headers=headers.for_engine(found, ident), body=data, stream=stream)
+        return self._forwarder.forward(ident, route, request, sink)
 
-    def _count_rejected(self, scope: Scope, ident: bytes, error: BadRequest) -> None:
+    def refuse(self, path: str, ident: bytes, error: BadRequest) -> None:
+        """Counts a request of which nothing is forwarded, and writes its log line."""
         counters = self._forwarder.counters
         counters.count(TotalColumn.REJECTED)
         count_response(counters, error.status)
-        access.info(
-            "id=%s path=%s status=%d outcome=rejected", ident.decode("ascii"), printable(scope["path"]), error.status
-        )
+        access.info("id=%s path=%s status=%d outcome=rejected", ident.decode("ascii"), printable(path), error.status)
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """The request's whole body. Raises `BodyTooLarge`, before anything is read if the client said its length, and
     `ClientGone`."""
-    declared = _value(scope["headers"], b"content-length")
-    if declared.isdigit() and int(declared) > limit:
-        raise _too_large(limit)
+    if says_too_large(scope["headers"], limit):
+        raise too_large(limit)
     parts: list[bytes] = []
     size = 0
     while True:
@@ -97,14 +99,20 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         part: bytes = message.get("body", b"")
         size += len(part)
         if size > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         if not message.get("more_body", False):
             return b"".join((*parts, part)) if parts else part
         if part:
             parts.append(part)
 
 
-def _too_large(limit: int) -> BodyTooLarge:
+def says_too_large(found: Headers, limit: int) -> bool:
+    """Whether the client announces more than it may send."""
+    declared = _value(found, b"content-length")
+    return declared.isdigit() and int(declared) > limit
+
+
+def too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit} bytes")
 
 
@@ -113,7 +121,7 @@ def _value(found: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     return next((value for key, value in found if key == name), b"")
 
 
-def _path(scope: Scope) -> str:
+def _target(scope: Scope) -> str:
     raw: bytes = scope.get("raw_path") or scope["path"].encode()
     query: bytes = scope["query_string"]
     return (raw + b"?" + query if query else raw).decode("latin-1")
