@@ -334,7 +334,7 @@ class TableWriter(_Table):
             for shift in range(0, 16 * _FIELDS, 16):
                 mine = leaving[words >> shift & _FIELD] & (words > 0)
                 if mine.any():
-                    kept = np.where(mine, kept & ~(_FIELD << shift), kept)
+                    kept = kept - np.where(mine, (words >> shift & _FIELD) << shift, 0)
             changed = np.flatnonzero(kept != words) + start
             if len(changed):
                 self._put(self._members, changed, kept[changed - start])

@@ -1,0 +1,470 @@
+"""The table of keys to sets: against a dict, killed at every store, interrupted between any two loads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from shm.hashtable import HORIZON, MAX_MEMBERS, WAYS, TableReader, TableWriter, blocks
+from shm.segment import Layout, Segment, SegmentSpace
+from tests.support.children import child, pipe
+
+MEMBERS = 70
+"""More than a word of a bitmap holds."""
+FOREVER = 2**62
+
+Vector = NDArray[np.int64]
+
+
+def segment(path: Path, capacity: int = 1024, pool: int = 64, members: int = MEMBERS) -> Segment:
+    path.unlink(missing_ok=True)
+    return Segment.create(path, Layout("table", 1, blocks(capacity, members, pool)))
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Segment:
+    return segment(tmp_path / "table")
+
+
+def keys(*numbers: int) -> Vector:
+    return np.array(numbers, dtype=np.int64)
+
+
+def members(found: int) -> set[int]:
+    return {member for member in range(found.bit_length()) if found >> member & 1}
+
+
+def look(reader: TableReader, key: int) -> set[int] | None:
+    found = reader.find(keys(key))
+    return members(found.runs[0].members) if found.runs else None
+
+
+# -- one process -------------------------------------------------------------------------------------------
+
+
+def test_finds_leading_keys_in_runs_of_equal_sets(shared: Segment) -> None:
+    writer, reader = TableWriter(shared), TableReader(shared)
+    writer.add(keys(1, 2, 3, 4, 5), 7, 1)
+    writer.add(keys(1, 2, 3), 60, 2)
+    found = reader.find(keys(1, 2, 3, 4, 99, 5))
+    assert [(run.stop, members(run.members)) for run in found.runs] == [(3, {7, 60}), (4, {7})]
+    assert len(found.uses) == 4
+
+
+def test_nothing_is_found_behind_a_missing_first_key(shared: Segment) -> None:
+    writer, reader = TableWriter(shared), TableReader(shared)
+    writer.add(keys(2, 3), 7, 1)
+    assert reader.find(keys(1, 2, 3)).runs == []
+    assert reader.find(keys()).runs == []
+
+
+def test_uses_fade_with_the_ticks_of_others(shared: Segment) -> None:
+    writer, reader = TableWriter(shared), TableReader(shared)
+    for tick in (1, 2, 3):
+        writer.add(keys(5), 0, tick)
+    assert reader.find(keys(5)).uses[0] == pytest.approx(3, rel=0.01)
+    writer.add(keys(6), 0, 3 + HORIZON)
+    assert reader.find(keys(5)).uses[0] == pytest.approx(3 / np.e, rel=0.01)
+
+
+def test_a_set_outgrows_its_word_and_stays_exact(shared: Segment) -> None:
+    writer, reader = TableWriter(shared), TableReader(shared)
+    for member in range(MEMBERS):
+        writer.add(keys(1, 2, 3), member, member + 1)
+    assert look(reader, 2) == set(range(MEMBERS))
+
+
+def test_keys_with_a_common_bitmap_part_when_one_of_them_gets_a_member(shared: Segment) -> None:
+    writer, reader = TableWriter(shared), TableReader(shared)
+    for member in range(6):
+        writer.add(keys(1, 2, 3), member, member + 1)
+    writer.add(keys(1, 2), 9, 10)
+    assert (look(reader, 1), look(reader, 2), look(reader, 3)) == ({*range(6), 9}, {*range(6), 9}, set(range(6)))
+
+
+def test_without_bitmaps_the_newest_members_are_kept(tmp_path: Path) -> None:
+    shared = segment(tmp_path / "table", pool=1)
+    writer, reader = TableWriter(shared), TableReader(shared)
+    for member in range(5):
+        writer.add(keys(1), member, member + 1)  # takes the only bitmap
+    for member in range(6):
+        writer.add(keys(2), member, member + 10)
+    assert look(reader, 1) == set(range(5))
+    assert look(reader, 2) == {2, 3, 4, 5}
+
+
+def test_a_full_bucket_gives_up_what_was_used_longest_ago(tmp_path: Path) -> None:
+    shared = segment(tmp_path / "table", capacity=WAYS)
+    writer, reader = TableWriter(shared), TableReader(shared)
+    for key in range(1, WAYS + 1):
+        writer.add(keys(key), 1, key)
+    writer.add(keys(1), 1, 100)
+    writer.add(keys(99), 1, 101)
+    assert look(reader, 2) is None
+    assert look(reader, 1) == look(reader, 99) == {1}
+    assert len(writer) == WAYS == writer.capacity
+
+
+def test_a_batch_larger_than_its_bucket_does_not_loop_for_ever(tmp_path: Path) -> None:
+    shared = segment(tmp_path / "table", capacity=WAYS)
+    writer = TableWriter(shared)
+    writer.add(np.arange(1, 1000, dtype=np.int64), 1, 1)
+    assert len(writer) == WAYS
+
+
+def test_expired_keys_go_and_free_their_bitmaps(shared: Segment) -> None:
+    writer, reader = TableWriter(shared), TableReader(shared)
+    for member in range(6):
+        writer.add(keys(1, 2), member, 1)
+    writer.add(keys(3), 0, 5)
+    assert writer.expire(5) == 2
+    assert look(reader, 1) is None
+    assert look(reader, 3) == {0}
+    assert sum(writer._holders) == 0
+    assert len(writer._free) == 64
+
+
+def test_a_forgotten_member_is_in_no_set_and_leaves_no_empty_one(shared: Segment) -> None:
+    writer, reader = TableWriter(shared), TableReader(shared)
+    writer.add(keys(1, 2), 3, 1)
+    for member in range(6):
+        writer.add(keys(4), member, 2)
+    writer.add(keys(2), 69, 3)
+    writer.forget([3, 5])
+    assert (look(reader, 1), look(reader, 2), look(reader, 4)) == (None, {69}, {0, 1, 2, 4})
+    writer.add(keys(2), 6, 4)
+    writer.add(keys(2), 7, 5)
+    writer.add(keys(2), 8, 6)
+    assert look(reader, 2) == {69, 6, 7, 8}
+
+
+def test_the_next_writer_goes_on_where_the_last_one_ended(shared: Segment) -> None:
+    writer, reader = TableWriter(shared), TableReader(shared)
+    for member in range(6):
+        writer.add(keys(1, 2), member, member + 1)
+    again = TableWriter(shared)
+    assert again._holders == writer._holders
+    again.add(keys(1), 9, 7)
+    assert (look(reader, 1), look(reader, 2)) == ({*range(6), 9}, set(range(6)))
+
+
+def test_a_million_keys_and_a_thousand_members_take_25_mib() -> None:
+    assert 24 << 20 < Layout("table", 1, blocks(1 << 20, 1024, 4096)).size < 26 << 20
+
+
+def test_a_table_that_does_not_fit_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SegmentSpace, match="cannot hold"):
+        segment(tmp_path / "table", capacity=1 << 50)
+
+
+@pytest.mark.parametrize(("count", "pool"), [(0, 1), (MAX_MEMBERS + 1, 1), (1, 0), (1, 1 << 17)])
+def test_sizes_that_no_word_can_name_are_refused(count: int, pool: int) -> None:
+    with pytest.raises(ValueError, match="a table has"):
+        blocks(16, count, pool)
+
+
+# -- against a dict ----------------------------------------------------------------------------------------
+
+few_keys = st.lists(st.integers(1, WAYS), min_size=1, max_size=WAYS)
+many_keys = st.lists(st.integers(1, 200), min_size=1, max_size=60)
+any_member = st.integers(0, MEMBERS - 1)
+
+
+def operations(batch: st.SearchStrategy[list[int]]) -> st.SearchStrategy[list[tuple[str, Any, int]]]:
+    add = st.tuples(st.just("add"), batch, any_member)
+    forget = st.tuples(st.just("forget"), st.lists(any_member, max_size=3), st.just(0))
+    return st.lists(st.one_of(add, add, add, forget), max_size=40)
+
+
+@settings(deadline=None)
+@given(steps=operations(few_keys))
+def test_is_a_dict_of_sets_while_nothing_must_go(tmp_path_factory: pytest.TempPathFactory, steps: Any) -> None:
+    shared = segment(tmp_path_factory.getbasetemp() / "dict", pool=1024)
+    writer, reader = TableWriter(shared), TableReader(shared)
+    model: dict[int, set[int]] = {}
+    for tick, (name, what, member) in enumerate(steps, 1):
+        if name == "add":
+            writer.add(keys(*what), member, tick)
+            for key in what:
+                model.setdefault(key, set()).add(member)
+        else:
+            writer.forget(what)
+            model = {key: left for key, had in model.items() if (left := had - set(what))}
+        assert {key: had for key in range(1, WAYS + 1) if (had := look(reader, key)) is not None} == model
+        assert TableWriter(shared)._holders == writer._holders
+    assert len(writer) == len(model)
+
+
+@settings(deadline=None)
+@given(steps=operations(many_keys))
+def test_forgets_but_never_invents_when_full(tmp_path_factory: pytest.TempPathFactory, steps: Any) -> None:
+    shared = segment(tmp_path_factory.getbasetemp() / "full", capacity=2 * WAYS, pool=2)
+    writer, reader = TableWriter(shared), TableReader(shared)
+    model: dict[int, set[int]] = {}
+    for tick, (name, what, member) in enumerate(steps, 1):
+        if name == "add":
+            writer.add(keys(*what), member, tick)
+            for key in what:
+                model.setdefault(key, set()).add(member)
+        else:
+            writer.forget(what)
+            model = {key: had - set(what) for key, had in model.items()}
+        for key in range(1, 201):
+            assert (look(reader, key) or set()) <= model.get(key, set())
+        assert len(writer) <= 2 * WAYS
+        assert TableWriter(shared)._holders == writer._holders
+
+
+# -- killed at every store ---------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+class Mortal(TableWriter):
+    """Dies after so many stores, each cell of a vector being one."""
+
+    stores = FOREVER
+
+    def _put(self, cells: Any, where: Any, value: Any) -> None:
+        if isinstance(where, tuple):
+            cells, where = cells[:, where[1]], np.arange(len(cells))
+        if np.ndim(where) == 0:
+            if not self.stores:
+                raise Killed
+            self.stores -= 1
+            super()._put(cells, where, value)
+            return
+        count = min(self.stores, len(where))
+        super()._put(cells, where[:count], np.broadcast_to(value, where.shape)[:count])
+        self.stores -= count
+        if count < len(where):
+            raise Killed
+
+
+def _new_keys(writer: TableWriter) -> None:
+    writer.add(keys(100, 101, 102), 42, 50)
+
+
+def _known_and_new(writer: TableWriter) -> None:
+    writer.add(keys(1, 2, 101), 42, 50)
+
+
+def _to_bitmap(writer: TableWriter) -> None:
+    writer.add(keys(3, 4), 42, 50)
+
+
+def _split_bitmap(writer: TableWriter) -> None:
+    writer.add(keys(5), 42, 50)
+
+
+def _evicting(writer: TableWriter) -> None:
+    writer.add(np.arange(200, 240, dtype=np.int64), 42, 50)
+
+
+def _forget(writer: TableWriter) -> None:
+    writer.forget([0, 1])
+
+
+def _expire(writer: TableWriter) -> None:
+    writer.expire(4)
+
+
+def _furnished(path: Path) -> tuple[Segment, Mortal]:
+    """1, 2 have a word; 3, 4 a full word; 5, 6 a bitmap; 7 only what will be forgotten; both buckets have room."""
+    shared = segment(path, capacity=2 * WAYS)
+    writer = Mortal(shared)
+    writer.add(keys(1, 2), 0, 1)
+    writer.add(keys(1, 2), 9, 2)
+    for member in range(4):
+        writer.add(keys(3, 4), member, 3)
+    for member in range(6):
+        writer.add(keys(5, 6), member, 4)
+    writer.add(keys(7), 1, 5)
+    return shared, writer
+
+
+@pytest.mark.parametrize("change", [_new_keys, _known_and_new, _to_bitmap, _split_bitmap, _evicting, _forget, _expire])
+def test_dying_at_any_store_leaves_old_or_new_sets_or_none(
+    tmp_path: Path, change: Callable[[TableWriter], None]
+) -> None:
+    every = [*range(1, 8), *range(100, 103), *range(200, 240)]
+    shared, writer = _furnished(tmp_path / "table")
+    before = {key: look(TableReader(shared), key) for key in every}
+    writer.stores = FOREVER
+    change(writer)
+    needed = FOREVER - writer.stores
+    after = {key: look(TableReader(shared), key) for key in every}
+    everything = {key: (before[key] or set()) | (after[key] or set()) for key in every}
+    for stores in range(needed + 1):
+        shared, writer = _furnished(tmp_path / "table")
+        reader = TableReader(shared)
+        writer.stores = stores
+        if stores < needed:
+            with pytest.raises(Killed):
+                change(writer)
+        else:
+            change(writer)
+        left = {key: look(reader, key) for key in every}
+        successor = TableWriter(shared)
+        for seen in (left, {key: look(reader, key) for key in every}):
+            for key, found in seen.items():
+                # Forgetting two members at once may have done one of them.
+                assert found in (
+                    None,
+                    before[key],
+                    after[key],
+                    {42} if change is _evicting and key >= 200 else None,
+                ) or (change is _forget and (after[key] or set()) <= (found or set()) <= everything[key]), (stores, key)
+        assert not (successor._sequence & 1).any()
+        change(successor)  # done again, it is done
+        if change is not _evicting:  # which of many equally old keys go may differ
+            assert {key: look(reader, key) for key in every} == after
+        assert TableWriter(shared)._holders == successor._holders
+
+
+# -- interrupted between any two loads ---------------------------------------------------------------------
+
+
+class Interrupted:
+    """An array whose every load is preceded by a call."""
+
+    def __init__(self, inner: Vector, before: Callable[[], None]) -> None:
+        self._inner = inner
+        self._before = before
+
+    def take(self, *arguments: Any, **named: Any) -> Any:
+        self._before()
+        return self._inner.take(*arguments, **named)
+
+    def __getitem__(self, index: Any) -> Any:
+        self._before()
+        return self._inner[index].copy()
+
+
+ARRAYS = ("_sequence", "_keys", "_members", "_uses", "_pool")
+
+
+def _interrupted(shared: Segment, at: int, change: Callable[[], None]) -> TableReader:
+    """A reader before whose load number `at` the change happens."""
+    reader = TableReader(shared)
+    loads = 0
+
+    def step() -> None:
+        nonlocal loads
+        loads += 1
+        if loads == at + 1:
+            change()
+
+    for name in ARRAYS:
+        setattr(reader, name, Interrupted(getattr(reader, name), step))
+    return reader
+
+
+def _another_key_in_its_place_and_back(writer: TableWriter) -> None:
+    writer.expire(FOREVER >> 30)
+    writer.add(keys(2), 60, 1)
+    writer.expire(FOREVER >> 30)
+    writer.add(keys(1), 61, 1)
+
+
+def _another_key_in_its_place(writer: TableWriter) -> None:
+    writer.expire(FOREVER >> 30)
+    writer.add(keys(2), 60, 1)
+
+
+def _its_bitmap_to_another_key(writer: TableWriter) -> None:
+    """Key 1 parts from its bitmap, which then is key 3's, without key 1's place being touched otherwise."""
+    writer.add(keys(1, 4), 50, 20)
+    writer.forget(range(6))
+    for member in range(60, 68):
+        writer.add(keys(3), member, 21)
+
+
+@pytest.mark.parametrize(
+    "change", [_another_key_in_its_place, _another_key_in_its_place_and_back, _its_bitmap_to_another_key]
+)
+@pytest.mark.parametrize("size", [1, 6])
+def test_a_reader_interrupted_anywhere_sees_no_other_keys_set(
+    tmp_path: Path, change: Callable[[TableWriter], None], size: int
+) -> None:
+    for at in range(12):
+        shared = segment(tmp_path / "table", capacity=WAYS, pool=2)
+        writer = TableWriter(shared)
+        for member in range(size):
+            writer.add(keys(1), member, 1)
+        reader = _interrupted(shared, at, lambda: change(writer))  # noqa: B023  # called before the loop goes on
+        found = reader.find(keys(1))
+        seen = members(found.runs[0].members) if found.runs else set()
+        assert seen <= {*range(size), 50} or seen == {61}, (at, seen)
+
+
+def test_without_the_sequence_a_reader_sees_another_keys_set(tmp_path: Path) -> None:
+    """The protection switched off: the same interruption, and a sequence that never moves."""
+    wrong = 0
+    for at in range(12):
+        shared = segment(tmp_path / "table", capacity=WAYS)
+        writer = TableWriter(shared)
+        writer.add(keys(1), 0, 1)
+        reader = _interrupted(shared, at, lambda: _another_key_in_its_place(writer))  # noqa: B023  # as above
+        reader._sequence = np.zeros(1, dtype=np.int64)
+        found = reader.find(keys(1))
+        wrong += bool(found.runs) and members(found.runs[0].members) == {60}
+    assert wrong
+
+
+# -- two processes -----------------------------------------------------------------------------------------
+
+
+def _own(key: int) -> set[int]:
+    """The only members that a key ever gets; keys of one bucket share few."""
+    return {(key * 7 + i * 13) % MEMBERS for i in range(9)}
+
+
+def _write(path: Path, ready: Any) -> None:
+    shared = Segment.attach(path, writable=True)
+    writer = TableWriter(shared)
+    rng = np.random.default_rng(1)
+    tick = 0
+    ready.send(True)
+    while not ready.poll():
+        tick += 1
+        first = int(rng.integers(1, 400))
+        run = np.arange(first, first + 8, dtype=np.int64)
+        for key in run.tolist():
+            members_ = sorted(_own(key))
+            writer.add(keys(key), members_[int(rng.integers(len(members_)))], tick)
+        if tick % 50 == 0:
+            writer.forget([int(rng.integers(MEMBERS))])
+        if tick % 80 == 0:
+            writer.expire(tick - 20)
+
+
+def test_beside_a_writer_no_key_is_seen_with_anothers_members(tmp_path: Path) -> None:
+    segment(tmp_path / "table", capacity=8 * WAYS, pool=8)
+    reader = TableReader(Segment.attach(tmp_path / "table"))
+    here, there = pipe()
+    with child(_write, tmp_path / "table", there):
+        assert here.recv()
+        rng = np.random.default_rng(2)
+        found = 0
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            first = int(rng.integers(1, 400))
+            start = 0
+            for run in reader.find(np.arange(first, first + 8, dtype=np.int64)).runs:
+                for key in range(first + start, first + run.stop):
+                    assert members(run.members) <= _own(key), key
+                    found += 1
+                start = run.stop
+        here.send(True)
+    assert found > 100
