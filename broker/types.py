@@ -26,6 +26,17 @@ class EngineKind(StrEnum):
     NATIVE = "native"
 
 
+class Connector(StrEnum):
+    """How a prefill and a decode instance come together; `broker.engines.pd` holds one file for each."""
+
+    DISAGGREGATE_INFO = "disaggregate_info"  # FastDeploy
+    BOOTSTRAP = "bootstrap"  # SGLang
+    NIXL = "nixl"  # vLLM
+    MOONCAKE = "mooncake"  # vLLM
+    P2P_NCCL = "p2p_nccl"  # vLLM up to 0.23
+    NATIVE = "native"
+
+
 class Trust(IntEnum):
     """How far the load of an instance may be believed; policies respect it."""
 
@@ -48,6 +59,21 @@ class FastDeployFields(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     device_ids: list[str] | None = None
     metrics_port: str = ""
     tp_size: int = 0
+    version: str = ""
+    """Of the weights; prefill engines ask for the decode instances of theirs."""
+
+
+class PairFields(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the router itself must know of an instance to make pairs with it; the rest is opaque `transfer`."""
+
+    connector: Connector | None = None
+    """As registered; None = the one that its kind of engine has by default."""
+    bootstrap_port: int = 0
+    """Of SGLang's or Mooncake's bootstrap server; 0 = not said, so theirs: 8998."""
+    zmq_address: str = ""
+    """P2P-NCCL: `ip:port` of its ROUTER, which request ids carry."""
+    engine_ids: tuple[str, ...] = ()
+    """Mooncake: by data-parallel rank, as the bootstrap server of a prefill instance says."""
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -70,6 +96,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     transfer: bytes = b""
     """Opaque transfer metadata (NCCL, RDMA, device ids) exactly as registered; carried, never read."""
     fastdeploy: FastDeployFields | None = None
+    pair: PairFields | None = None
 
     @property
     def is_native(self) -> bool:

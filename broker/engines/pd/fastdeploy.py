@@ -1,0 +1,69 @@
+"""FastDeploy: `disaggregate_info` and one `request_id`, the same bytes to both, at the same time.
+
+Prefill asks decode for blocks over the connector and pushes the KV cache there; decode answers the client. Engines do
+not check the object (a missing key is a hang), so it is built here with every key and type that they read.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from broker.engines.pd.base import RETRIED, Asked, Changes, Leg, Plan, Traits, encode, host_of
+from broker.splice import edit_members
+from broker.types import FastDeployFields, Instance
+
+
+class DisaggregateInfo:
+    sequential = False
+    retried = RETRIED | {501}  # decode's word for a transfer that failed
+
+    def __init__(self, *, any_tp: bool = False) -> None:
+        """`any_tp`: pairs are not looked at, as the original router does not."""
+        self._any_tp = any_tp
+
+    def fits(self, prefill: Traits, decode: Traits) -> bool:
+        return self._any_tp or prefill.tp == decode.tp or decode.tp == 1
+
+    def plan(self, asked: Asked, prefill: Instance, decode: Instance, rng: Random) -> Plan:
+        changes: Changes = {
+            "disaggregate_info": encode(disaggregate_info(prefill, decode)),
+            "request_id": encode(asked.request_id),
+        }
+        leg = Leg(body=edit_members(asked.body, changes))
+        return Plan(leg, lambda _: leg)
+
+
+def disaggregate_info(prefill: Instance, decode: Instance) -> dict[str, object]:
+    ours, theirs = fields(prefill), fields(decode)
+    return {
+        "prefill_ip": host_of(prefill),
+        "decode_ip": host_of(decode),
+        "prefill_connector_port": _number(ours.connector_port),
+        "decode_connector_port": _number(theirs.connector_port),
+        "decode_device_ids": theirs.device_ids,
+        "decode_rdma_ports": theirs.rdma_ports,
+        "transfer_protocol": "ipc" if _share_memory(prefill, decode) else "rdma",
+        "decode_tp_size": tp_size(decode),
+    }
+
+
+def fields(instance: Instance) -> FastDeployFields:
+    return instance.fastdeploy or FastDeployFields()
+
+
+def tp_size(instance: Instance) -> int:
+    """As registered, else one per device, else 1."""
+    found = fields(instance)
+    return found.tp_size or len(found.device_ids or ()) or 1
+
+
+def _share_memory(prefill: Instance, decode: Instance) -> bool:
+    return (
+        host_of(prefill) == host_of(decode) != ""
+        and all("ipc" in (fields(instance).transfer_protocol or ()) for instance in (prefill, decode))
+        and tp_size(prefill) == tp_size(decode)
+    )
+
+
+def _number(port: str) -> int:
+    return int(port) if port.isdecimal() and port.isascii() else 0
