@@ -1,0 +1,329 @@
+"""The prefix index: keys of prompts, a frontend's half, the scheduler's half, and the way between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker import wire
+from broker.errors import WireError
+from broker.policies.prefix_cost import PrefixCost
+from broker.prefix import (
+    BATCH_BYTES,
+    BLOCKS,
+    OUTBOX_BYTES,
+    PENDING,
+    PREFIX,
+    PrefixIndex,
+    PrefixWriter,
+    namespace,
+    prefix_layout,
+    text_keys,
+    token_keys,
+)
+from broker.types import RouteRequest
+from broker.wire import RoutingNotices
+from shm.segment import Segment
+from tests.support.loads import FakeLoads
+
+SLOTS, FRONTENDS = 16, 3
+START = namespace("m", 64, "text")
+HEAD = "You are a helpful assistant. Answer in one sentence, and politely, whatever comes. " * 4
+"""Five blocks of 64 characters and a little."""
+
+
+class Shared:
+    """One index, its scheduler's half and three frontends'."""
+
+    def __init__(self, path: Path, slots: int = SLOTS, capacity: int = 4096) -> None:
+        self.segment = Segment.create(path / PREFIX, prefix_layout(slots, FRONTENDS, capacity))
+        self.generations = dict.fromkeys(range(slots), 1)
+        self.writer = PrefixWriter(self.segment, self.generations)
+        self.frontends = [PrefixIndex.attach(path, k) for k in range(FRONTENDS)]
+
+    def deliver(self) -> int:
+        counted = 0
+        for k, frontend in enumerate(self.frontends):
+            while notices := frontend.batch():
+                frame = wire.encode(notices)
+                decoded = wire.decode(wire.from_frontend, frame)
+                assert isinstance(decoded, RoutingNotices)
+                counted += self.writer.apply(k, decoded)
+        return counted
+
+    def send(self, text: str, slot: int, frontend: int = 0) -> None:
+        index = self.frontends[frontend]
+        index.note(index.match(RouteRequest(prompt=text)), slot)
+
+    def depths(self, text: str, frontend: int = 0) -> dict[int, int]:
+        depths = self.frontends[frontend].match(RouteRequest(prompt=text)).depths
+        return {int(slot): int(depths[slot]) for slot in np.flatnonzero(depths)}
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Shared:
+    return Shared(tmp_path)
+
+
+# -- keys --------------------------------------------------------------------------------------------------
+
+
+def common(one: np.ndarray, other: np.ndarray) -> int:
+    n = min(len(one), len(other))
+    apart = np.flatnonzero(one[:n] != other[:n])
+    return int(apart[0]) if len(apart) else n
+
+
+letters = st.text(st.characters(), max_size=40)
+
+
+@given(head=letters, one=letters, other=letters, block=st.integers(1, 9))
+def test_keys_are_equal_exactly_as_far_as_the_full_blocks_are(head: str, one: str, other: str, block: int) -> None:
+    a, b = head + one, head + other
+    same = 0
+    while a[same : same + block] == b[same : same + block] and same + block <= min(len(a), len(b)):
+        same += block
+    start = namespace("m", block, "text")
+    assert common(text_keys(a, block, start), text_keys(b, block, start)) == same // block
+    assert len(text_keys(a, block, start)) == len(a) // block
+
+
+@given(a=st.lists(st.integers(0, 2**32 - 1), max_size=40), b=st.lists(st.integers(0, 3), max_size=40))
+def test_token_keys_are_equal_exactly_as_far_as_the_full_blocks_are(a: list[int], b: list[int]) -> None:
+    start = namespace("m", 4, "token")
+    same = 0
+    while a[same : same + 4] == b[same : same + 4] and same + 4 <= min(len(a), len(b)):
+        same += 4
+    assert common(token_keys(a, 4, start), token_keys(b, 4, start)) == same // 4
+
+
+def test_a_prompt_in_ascii_and_one_that_goes_on_in_chinese_share_their_head() -> None:
+    assert common(text_keys(HEAD + "x" * 64, 64, START), text_keys(HEAD + "你好" * 64, 64, START)) == len(HEAD) // 64
+
+
+def test_half_an_emoji_is_a_character_like_any_other() -> None:
+    assert len(text_keys("\ud83d" * 64, 64, START)) == 1
+
+
+def test_differences_in_the_highest_byte_of_two_words_are_told_apart() -> None:
+    """Two characters of a block, each the last of its eight: a plain weighted sum confuses one pair in 256."""
+    blocks = ["aaaaaaa" + chr(33 + i) + "aaaaaaa" + chr(33 + j) + "a" * 48 for i in range(90) for j in range(90)]
+    first = {int(text_keys(block, 64, START)[0]) for block in blocks}
+    assert len(first) == len(blocks)
+
+
+def test_blocks_in_another_order_have_other_keys() -> None:
+    a, b = "a" * 64, "b" * 64
+    assert text_keys(a + b, 64, START)[1] != text_keys(b + a, 64, START)[1]
+
+
+def test_namespaces_keep_models_sizes_and_kinds_apart() -> None:
+    starts = {int(namespace(m, b, k)) for m in ("", "a", "b") for b in (16, 64) for k in ("text", "token")}
+    assert len(starts) == 12
+
+
+def test_a_prompt_counts_up_to_its_cap() -> None:
+    assert len(text_keys("x" * (BLOCKS + 5) * 64, 64, START)) == BLOCKS
+    assert len(text_keys("x" * 640, 64, START, limit=3)) == 3
+    assert len(text_keys("x" * 40_000, 5000, START)) == 8
+
+
+def test_keys_are_the_same_in_every_process_and_version() -> None:
+    """A change of the hash is a change of the layout: old and new frontends may share one index for a while."""
+    assert text_keys("x" * 128, 64, START).tolist() == [-6216683614556408455, -374395752892074754]
+    assert token_keys([1, 2, 3, 4], 2, START).tolist() == [2747921078242521902, -5406886771582870444]
+
+
+# -- frontends ---------------------------------------------------------------------------------------------
+
+
+def test_a_frontend_sees_its_own_notice_at_once_and_others_after_delivery(shared: Shared) -> None:
+    shared.send(HEAD, 3)
+    assert shared.depths(HEAD) == {3: 5}
+    assert shared.depths(HEAD, frontend=1) == {}
+    assert shared.deliver() == 1
+    assert shared.depths(HEAD) == shared.depths(HEAD, frontend=1) == {3: 5}
+
+
+def test_depths_are_leading_blocks_by_slot(shared: Shared) -> None:
+    shared.send(HEAD[:128] + "other" * 20, 1)
+    shared.send(HEAD + "x" * 100, 2)
+    shared.deliver()
+    shared.send(HEAD[:192], 4)
+    assert shared.depths(HEAD) == {1: 2, 2: 5, 4: 3}
+
+
+def test_own_and_shared_knowledge_of_a_slot_count_as_the_deeper_one(shared: Shared) -> None:
+    shared.send(HEAD, 3)
+    shared.deliver()
+    shared.send(HEAD[:128], 3)
+    assert shared.depths(HEAD) == {3: 5}
+
+
+def test_uses_count_own_and_delivered_requests_once(shared: Shared) -> None:
+    for _ in range(4):
+        shared.send(HEAD, 3)
+    shared.deliver()
+    for _ in range(3):
+        shared.send(HEAD[:128], 3)
+    shared.send("y" * 640, 3)
+    match = shared.frontends[0].match(RouteRequest(prompt=HEAD))
+    assert match.uses.tolist() == pytest.approx([7, 7, 4, 4, 4], rel=0.01)
+    assert match.requests == pytest.approx(8, rel=0.01)
+
+
+def test_token_prompts_text_prompts_and_models_do_not_meet(shared: Shared) -> None:
+    index = shared.frontends[0]
+    requests = [
+        RouteRequest(prompt=HEAD),
+        RouteRequest(prompt=HEAD, model="a"),
+        RouteRequest(prompt_ids=[ord(c) for c in HEAD]),
+    ]
+    for slot, request in enumerate(requests):
+        index.note(index.match(request), slot)
+    for slot, request in enumerate(requests):
+        assert np.flatnonzero(index.match(request).depths).tolist() == [slot]
+
+
+def test_a_prompt_shorter_than_a_block_is_known_to_nobody_and_noted_nowhere(shared: Shared) -> None:
+    shared.send("hello", 1)
+    assert shared.frontends[0].batch() is None
+    assert shared.depths("hello") == {}
+
+
+def test_a_frontend_that_nobody_listens_to_keeps_a_bounded_past(shared: Shared) -> None:
+    index = shared.frontends[0]
+    for i in range(4 * PENDING):
+        shared.send(f"{i:064d}" * 40, i % SLOTS)
+    assert len(index._pending) == PENDING
+    assert index._outbox_keys * 8 <= OUTBOX_BYTES
+    for i in range(8000):
+        shared.send(f"{i:064d}" * 40, i % SLOTS)
+    assert index.lost > 0
+    assert index._outbox_keys * 8 <= OUTBOX_BYTES
+
+
+def test_batches_fit_their_message_and_hold_everything(shared: Shared) -> None:
+    for i in range(30):
+        shared.send(f"{i:064d}" * 900, i % SLOTS)
+    sizes = []
+    while notices := shared.frontends[0].batch():
+        sizes.append(len(notices.keys))
+        assert len(wire.encode(notices)) <= wire.MAX_CONTROL_BYTES
+        shared.writer.apply(0, notices)
+    assert max(sizes) <= BATCH_BYTES
+    assert sum(sizes) == 30 * 900 * 8
+    assert not shared.frontends[0]._pending or shared.depths(f"{29:064d}" * 900) == {29 % SLOTS: 900}
+
+
+def test_a_lost_batch_is_forgotten_with_the_next_one(shared: Shared) -> None:
+    shared.send(HEAD, 3)
+    assert shared.frontends[0].batch() is not None  # lost on its way
+    shared.send("z" * 640, 4)
+    shared.deliver()
+    assert shared.depths(HEAD) == {}
+    assert shared.depths("z" * 640) == {4: 10}
+
+
+def test_a_new_frontend_in_an_old_row_goes_on_counting(shared: Shared, tmp_path: Path) -> None:
+    shared.send(HEAD, 3)
+    shared.deliver()
+    shared.frontends[0] = PrefixIndex.attach(tmp_path, 0)
+    shared.send("z" * 640, 4)
+    assert shared.depths("z" * 640) == {4: 10}
+    shared.deliver()
+    assert shared.depths("z" * 640, frontend=1) == {4: 10}
+
+
+# -- the scheduler -----------------------------------------------------------------------------------------
+
+
+def test_a_removed_instance_is_forgotten_and_its_late_notices_too(shared: Shared) -> None:
+    shared.send(HEAD, 3)
+    shared.send(HEAD, 4)
+    shared.deliver()
+    shared.send(HEAD, 3, frontend=1)
+    shared.writer.forget([3])
+    assert shared.depths(HEAD) == shared.depths(HEAD, frontend=1) == {4: 5}
+    shared.writer.admit(3, 2)
+    assert shared.deliver() == 0
+    assert shared.depths(HEAD) == {4: 5}
+
+
+def test_the_next_scheduler_keeps_what_is_still_true(shared: Shared) -> None:
+    for slot in (3, 4, 5):
+        shared.send(HEAD, slot)
+    shared.deliver()
+    generations = {**shared.generations, 4: 2}
+    del generations[5]
+    shared.writer = PrefixWriter(shared.segment, generations)
+    assert shared.depths(HEAD) == {3: 5}
+    shared.send(HEAD, 4)
+    assert shared.deliver() == 1
+    assert shared.depths(HEAD) == {3: 5, 4: 5}
+
+
+def test_admitting_the_same_generation_again_forgets_nothing(shared: Shared) -> None:
+    shared.send(HEAD, 3)
+    shared.deliver()
+    shared.writer.admit(3, 1)
+    assert shared.depths(HEAD) == {3: 5}
+
+
+def test_what_is_not_used_any_more_ages_out(shared: Shared) -> None:
+    shared.send(HEAD, 3)
+    shared.deliver()
+    assert shared.writer.age(100.0, 60.0) == 0
+    shared.send("z" * 640, 4)
+    shared.deliver()
+    assert shared.writer.age(150.0, 60.0) == 0
+    assert shared.writer.age(160.0, 60.0) == 5
+    assert shared.depths(HEAD) == {}
+    assert shared.depths("z" * 640) == {4: 10}
+    assert shared.writer.age(215.0, 60.0) == 10
+    assert len(shared.writer) == 0
+
+
+@pytest.mark.parametrize(
+    "notices",
+    [
+        RoutingNotices(1, [1], [1], [2], b"\x01" * 8),
+        RoutingNotices(1, [1], [1], [1], b"\x01" * 9),
+        RoutingNotices(1, [1, 2], [1], [1], b"\x01" * 8),
+        RoutingNotices(1, [SLOTS], [1], [1], b"\x01" * 8),
+        RoutingNotices(1, [-1], [1], [1], b"\x01" * 8),
+        RoutingNotices(1, [1, 1], [1, 1], [2, -1], b"\x01" * 8),
+        RoutingNotices(1, [1], [1], [1], bytes(8)),
+    ],
+)
+def test_notices_that_contradict_themselves_are_refused_whole(shared: Shared, notices: RoutingNotices) -> None:
+    with pytest.raises(WireError):
+        shared.writer.apply(0, notices)
+    assert len(shared.writer) == 0
+
+
+@pytest.mark.parametrize("count", [20_000, pytest.param(300_000, marks=pytest.mark.stress)])
+def test_any_number_of_distinct_prompts_leaves_memory_flat(tmp_path: Path, count: int) -> None:
+    """FastDeploy's router dead-locks for good at 200,000 nodes. The whole way, from a choice to its notice applied."""
+    shared = Shared(tmp_path, capacity=4096)
+    size = (tmp_path / PREFIX).stat().st_size
+    index = shared.frontends[0]
+    policy = PrefixCost(Random(1), index)
+    view = FakeLoads(SLOTS)
+    view.slots = np.arange(SLOTS, dtype=np.int64)
+    for number in range(count):
+        request = RouteRequest(prompt=f"{number:064d}" * 3, prompt_tokens=48)
+        slot = policy.pick(request, view)
+        if number % 10 == 0:
+            shared.deliver()
+        assert index.match(request).depths[slot] == 3
+    shared.deliver()
+    assert len(shared.writer) <= 4096
+    assert (tmp_path / PREFIX).stat().st_size == size
+    assert not index._outbox
+    assert len(index._pending) <= PENDING
