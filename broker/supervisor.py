@@ -165,8 +165,9 @@ class Supervisor:
             ):
                 logger.error("%s is not ready after %.0f s: killed", child.name, START_WITHIN_S)
                 child.signal(signal.SIGKILL)
-        if signal.SIGHUP in self._signals:
-            self._signals.remove(signal.SIGHUP)
+        if signal.SIGHUP in self._signals and not self._swaps:
+            # All that came during a swap are one, and wait for its end: their rows and turns would be taken twice.
+            self._signals = [s for s in self._signals if s != signal.SIGHUP]
             self._begin_swap()
         self._go_on_swapping()
 

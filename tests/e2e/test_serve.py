@@ -104,6 +104,28 @@ def test_sighup_swaps_every_frontend_under_load(fleet: Fleet) -> None:
     fleet.await_idle()
 
 
+def test_sighups_that_come_during_a_swap_are_one_more_swap(tmp_path: Path) -> None:
+    with Fleet(tmp_path, workers=2, sim=1) as fleet:
+        fleet.await_instances(1)
+
+        def frontends() -> set[int]:
+            return {p.pid for name, p in fleet.processes().items() if name.startswith("frontend")}
+
+        seen = frontends()
+        # Each while the one before it is at work: the first new frontend has not said yet that it is ready.
+        for _ in range(4):
+            fleet.supervisor.signal(signal.SIGHUP)
+            before = len(seen)
+
+            def another(before: int = before) -> bool:
+                seen.update(frontends())
+                return len(seen) > before
+
+            until(another, lambda: f"a new frontend: {fleet.supervisor.output}", 30.0)
+        until(lambda: len(frontends()) == 2 and len(seen | frontends()) >= 6, lambda: fleet.supervisor.output, 30.0)
+        assert fleet.post("/v1/completions", {"prompt": "Hello", "max_tokens": 2})[0] == 200
+
+
 def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     with Fleet(tmp_path, workers=2, sim=2) as fleet:
         fleet.await_instances(2)
