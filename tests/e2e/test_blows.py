@@ -27,10 +27,18 @@ WORDS = 150
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
     with Fleet(tmp_path, workers=2) as fleet:
-        for name, transport in ENGINES.items():
-            fleet.engine(name, "--transport", transport)
+        for name in ENGINES:
+            start(fleet, name, ENGINES[name])
         fleet.await_instances(len(ENGINES))
         yield fleet
+
+
+def start(fleet: Fleet, name: str, transport: str) -> None:
+    """An engine that is registered once: one over HTTP by a request, as nobody would repeat it."""
+    if transport == "http":
+        fleet.register(fleet.engine(name, "--transport", transport, "--router", ""))
+    else:
+        fleet.engine(name, "--transport", transport)
 
 
 class Blow(NamedTuple):
@@ -155,9 +163,46 @@ def test_a_killed_engine_ends_its_streams_with_an_error_and_others_take_what_had
                 assert exchange.fingerprint() == name
             assert all(exchange.fingerprint() != name for exchange in blow.begun if exchange.whole)
             fleet.await_idle()
-            fleet.engine(f"{name}-again", "--transport", ENGINES[name])
+            start(fleet, f"{name}-again", ENGINES[name])
             calm(fleet)
             compare(fleet, client)
             await even(fleet, client, "after")
+
+    asyncio.run(run())
+
+
+@pytest.mark.stress
+def test_three_blows_one_after_another_leave_everything_as_it_was(fleet: Fleet) -> None:
+    """One run, one client, one ledger: a frontend, the scheduler and an engine are killed in turn."""
+
+    async def run() -> None:
+        before = {entry["url"]: (entry["slot"], entry["generation"]) for entry in fleet.instances()}
+        http = fleet.engines["http"].url
+        with Client(fleet.port) as client:
+            for name in ("frontend-1", "scheduler", "http"):
+                blow = await strike(fleet, client, name)
+                lost = [exchange for exchange in blow.begun if not exchange.whole]
+                if name == "frontend-1":
+                    assert lost
+                    assert all(exchange.state is State.BROKEN for exchange in lost), lost
+                else:
+                    # Whatever had not begun to stream succeeds.
+                    assert all(exchange.whole for exchange in blow.late), blow.late
+                if name == "scheduler":
+                    assert lost == []
+                if name == "http":
+                    assert lost
+                    assert all(e.state is State.FINISHED and e.error() and e.fingerprint() == name for e in lost), lost
+                    fleet.await_idle()
+                    start(fleet, "http-again", "http")
+                else:
+                    fleet.await_replaced(name, blow.pid)
+                calm(fleet)
+                compare(fleet, client)
+                await even(fleet, client, f"after-{name}")
+                # Nobody who lives on has registered again: each has its slot, in the same generation.
+                after = {entry["url"]: (entry["slot"], entry["generation"]) for entry in fleet.instances()}
+                assert [url for url, place in before.items() if after.get(url, place) != place] == []
+                assert [url for url in before if url not in after and (name, url) != ("http", http)] == []
 
     asyncio.run(run())

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.support.client import Client, chat
-from tests.support.processes import Engine, Fleet
+from tests.support.processes import Fleet
 
 POLICIES = ["round_robin", "request_num"]
 CONFIG = "server:\n  splitwise: false\nscheduler:\n  policy: {policy}\nlog:\n  level: error\n  output: file\n"
@@ -32,18 +32,12 @@ def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
         yield fleet
 
 
-def register(fleet: Fleet, engine: Engine) -> None:
-    port = int(engine.url.rpartition(":")[2])
-    body = {"role": "mixed", "host_ip": "127.0.0.1", "port": port, "metrics_port": port, "engine": "openai"}
-    status, answer = fleet.post("/register", body)
-    assert status == 200, answer
-
-
 def test_the_compared_command_line_works(fleet: Fleet) -> None:
     assert fleet.get("/health")[0] == 200
     names = [f"e{k}" for k in range(ENGINES)]
     for name in names:
-        register(fleet, fleet.engine(name, "--transport", "http", "--speed", "10", "--router", ""))
+        engine = fleet.engine(name, "--transport", "http", "--speed", "10", "--router", "")
+        fleet.register(engine, metrics_port=int(engine.url.rpartition(":")[2]), engine="openai")
     instances = fleet.instances()  # at once: 200 says that they are seen
     assert [(i["engine"], i["state"], i["role"]) for i in instances] == [("openai", "ready", "mixed")] * ENGINES
 

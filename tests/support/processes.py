@@ -242,6 +242,12 @@ class Fleet:
         engine = self.engines[name] = Engine(name, command, self.root, self._environment)
         return engine
 
+    def register(self, engine: Engine, /, **fields: object) -> None:
+        """One `POST /register` for an HTTP engine that was told no router (`--router ""`)."""
+        port = int(engine.url.rpartition(":")[2])
+        status, answer = self.post("/register", {"role": "mixed", "host_ip": "127.0.0.1", "port": port, **fields})
+        assert status == 200, answer
+
     def processes(self) -> dict[str, psutil.Process]:
         """By name: `scheduler`, `frontend-K`, `sim-K` (all children of the supervisor), and the test's own engines."""
         found = {name: psutil.Process(engine.popen.pid) for name, engine in self.engines.items()}

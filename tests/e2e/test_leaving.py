@@ -1,0 +1,161 @@
+"""Clients that leave: the engine is idle at once, and nothing of them is kept, in counters, descriptors or memory."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.client import Client, Exchange, State, chat
+from tests.support.processes import Fleet
+from tests.support.waiting import until
+
+CHAT = "/v1/chat/completions"
+ENGINES = {"http": "http", "zmq": "zmq"}
+LANES = 16
+"""Requests at once."""
+LEAVING = 0.3
+"""Share of the clients that leave; half of them before the first byte."""
+GROWN = 3 * 1024 * 1024
+"""Bytes of resident memory that a process may gain."""
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    with Fleet(tmp_path, workers=2, config={"log": {"level": "warn"}}) as fleet:
+        for name, transport in ENGINES.items():
+            fleet.engine(name, "--transport", transport, "--speed", "4")
+        fleet.await_instances(len(ENGINES))
+        yield fleet
+
+
+# -- at once -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["within the answer", "before the first byte"])
+def test_the_engine_is_idle_within_200_ms_of_a_clients_leaving(fleet: Fleet, begun: bool) -> None:
+    """The median of several; a single one may be late by what a busy machine does to it."""
+    prompt = "word " * (1 if begun else 20_000)  # 20,000 words are half a second of prefill
+    delays = []
+
+    async def leave() -> None:
+        with Client(fleet.port) as client:
+            exchange = await client.send(CHAT, chat(prompt, max_tokens=5000))
+            if begun:
+                await asyncio.wait_for(exchange.first_byte, 10)
+            busy = until(lambda: [e for e in fleet.engines.values() if not e.ledger()["idle"]], "an engine at work")
+            assert exchange.state is State.OPEN
+            left_at = time.monotonic()
+            exchange.leave()
+            await asyncio.sleep(0)  # the socket is closed in the loop's next turn
+            until(lambda: busy[0].ledger()["idle"], "the engine idle")
+            delays.append(time.monotonic() - left_at)
+            assert bool(exchange.body) == begun
+            assert busy[0].ledger()["requests"][-1]["state"] == "aborted"
+
+    for _ in range(12):
+        asyncio.run(leave())
+    assert statistics.median(delays) <= 0.2, delays
+    assert max(delays) <= 1.0, delays
+    fleet.await_idle()
+
+
+# -- nothing kept ------------------------------------------------------------------------------------------
+
+
+async def visit(client: Client, id: str, rng: random.Random) -> Exchange:
+    """One request; a client that leaves does so at a random moment of its part of the answer's time."""
+    leaves = rng.random() < LEAVING
+    words = rng.randrange(2, 12) * (3 if leaves else 1)
+    exchange = await client.send(CHAT, chat(f"Prompt {id}", max_tokens=words), id=id)
+    if leaves:
+        if rng.random() < 0.5:
+            await asyncio.sleep(rng.random() * 0.003)
+            if exchange.body:
+                return await whole(exchange)
+        else:
+            await asyncio.wait_for(exchange.first_byte, 30)
+            await asyncio.sleep(rng.random() * 0.02)
+        exchange.leave()
+        return exchange
+    return await whole(exchange)
+
+
+async def whole(exchange: Exchange) -> Exchange:
+    await asyncio.wait_for(exchange.ended, 30)
+    assert exchange.whole, exchange
+    return exchange
+
+
+async def visits(fleet: Fleet, number: int, seed: int) -> dict[str, int]:
+    """That many requests; how many left before and after the first byte, and how many stayed."""
+    rng = random.Random(seed)
+    numbers = iter(range(number))
+    counts = {"before": 0, "after": 0, "stayed": 0}
+
+    async def lane() -> None:
+        for k in numbers:
+            # A client of its own for each, so that the ledger of this process does not grow.
+            exchange = await visit(Client(fleet.port), f"visit-{seed}-{k}", rng)
+            left = exchange.state is State.LEFT
+            counts["stayed" if not left else "after" if exchange.body else "before"] += 1
+
+    await asyncio.gather(*(lane() for _ in range(LANES)))
+    return counts
+
+
+class Held(dict[str, tuple[int, int]]):
+    """What each of Penstock's processes holds: file descriptors, bytes of resident memory.
+
+    Descriptors without the pooled connections to HTTP engines: there are as many as were used at once, at most `LANES`.
+    """
+
+    @classmethod
+    def now(cls, fleet: Fleet) -> Held:
+        own = {name: p for name, p in fleet.processes().items() if name not in fleet.engines}
+        own["supervisor"] = psutil.Process(fleet.supervisor.popen.pid)
+        engine = int(fleet.engines["http"].url.rpartition(":")[2])
+        held = cls()
+        for name, process in own.items():
+            pooled = sum(bool(c.raddr) and c.raddr.port == engine for c in process.net_connections("tcp"))
+            assert pooled <= LANES
+            held[name] = process.num_fds() - pooled, process.memory_info().rss
+        return held
+
+    def grown(self, before: Held) -> dict[str, int]:
+        return {name: rss - before[name][1] for name, (_, rss) in self.items()}
+
+    def descriptors(self) -> dict[str, int]:
+        return {name: fds for name, (fds, _) in self.items()}
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "number", "bound"), [(200, 400, None), pytest.param(2000, 10_000, GROWN, marks=pytest.mark.stress)]
+)
+def test_nothing_is_kept_of_clients_that_left(fleet: Fleet, warm_up: int, number: int, bound: int | None) -> None:
+    def calm() -> Held:
+        fleet.await_idle()
+        for engine in fleet.engines.values():
+            engine.await_idle()
+        return Held.now(fleet)
+
+    asyncio.run(visits(fleet, warm_up, 1))
+    before = calm()
+    counts = asyncio.run(visits(fleet, number, 2))
+    print(counts)
+    for kind in ("before", "after"):
+        assert counts[kind] > 0.05 * number, counts
+    after = calm()
+    print({name: f"{grown / 1024:.0f} KiB" for name, grown in after.grown(before).items()})
+    until(
+        lambda: Held.now(fleet).descriptors() == before.descriptors(),
+        lambda: f"{before.descriptors()} -> {Held.now(fleet).descriptors()}",
+    )
+    if bound is not None:
+        assert max(after.grown(before).values()) < bound, after.grown(before)
