@@ -28,6 +28,8 @@ logger = logging.getLogger("scheduler")
 SUBSCRIBER_HWM = 4096
 MOST_PUBLISHERS = 8192
 """Whose last sequence is remembered; the longest silent is forgotten first."""
+MOST_MISSED = 1 << 32
+"""A jump this far is a publisher that counts anew, not a loss; and the count of losses stays within its cell."""
 
 Source = str | bytes
 """Who a report is of: the URL of an instance that was connected to, the incarnation of a native engine."""
@@ -86,14 +88,16 @@ class Inbox:
         self._newest[source] = report
 
     def _gap(self, publisher: tuple[Source, int], sequence: int) -> int:
-        """How many messages are missing before this one. A number not above the last is a restarted publisher."""
+        """How many messages are missing before this one. A number not above the last, or far beyond it, is a
+        restarted publisher."""
         last = self._last.pop(publisher, None)
         self._last[publisher] = sequence  # popped and stored again: the order of the dict is that of last use
         if last is None:
             if len(self._last) > MOST_PUBLISHERS:
                 del self._last[next(iter(self._last))]
             return 0
-        return max(0, sequence - last - 1)
+        gap = sequence - last - 1
+        return gap if 0 <= gap < MOST_MISSED else 0
 
 
 class LoadFeed:

@@ -56,6 +56,15 @@ def test_a_publisher_that_starts_again_is_no_gap() -> None:
     assert inbox.take()[URL].running == 3
 
 
+def test_a_jump_beyond_reason_is_a_publisher_that_starts_again() -> None:
+    """The count of what was missed is stored in 63 bits: one such number must not end the reading of all others."""
+    inbox = Inbox()
+    for sequence in (0, 2**64 - 1, 5, 2**63):
+        inbox.hear(native(sequence, running=1), None)
+    assert inbox.missed == 0
+    assert inbox.take()[ONE] == LoadReport(running=1, waiting=0)
+
+
 def test_the_ranks_of_an_instance_are_one_report() -> None:
     inbox = Inbox()
     inbox.hear(sglang(0, 2, rank=0), URL)
