@@ -12,7 +12,7 @@ from broker.types import RouteRequest
 
 
 class CacheAware:
-    """Smallest `(100 - hit) / 100 x hit-ratio-weight + load / max load x load-balance-weight`, loads being live requests.
+    """Smallest `(100 - hit) / 100 x hit-ratio-weight + load / max load x load-balance-weight`; load is live requests.
 
     The original's rule: when the loads differ by more than both balance thresholds, or the prompt has no text, the
     fewest prompt tokens decide, and nothing is recorded. `hit` is the percentage of the prompt's full blocks that the
