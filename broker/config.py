@@ -57,6 +57,8 @@ class Server(Section, frozen=True, forbid_unknown_fields=True):
     backlog: Count = 4096
     drain_secs: NotNegative = 15.0
     """How long running streams may go on after SIGTERM."""
+    lean_path: bool = True
+    """Whether inference requests go around ASGI. Both ways do the same; this one costs a fraction."""
 
 
 class Scheduler(Section, frozen=True, forbid_unknown_fields=True):

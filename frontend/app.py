@@ -84,6 +84,7 @@ async def serve(
         dispatcher = Dispatcher(table, counters, make_policies(config, index), breaker)
         forwarder = Forwarder(config, dispatcher, counters, http, native, loop)
         admin = Admin(run_dir, config, table, control, Metrics(table, segment))
+        inference = Inference(config, forwarder)
         drain_s = config.server.drain_secs
 
         def on_ready() -> None:
@@ -98,7 +99,7 @@ async def serve(
 
         server = Server(
             uvicorn.Config(
-                application(Inference(config, forwarder), admin),
+                application(inference, admin),
                 http="httptools",
                 ws="none",
                 lifespan="off",
@@ -115,6 +116,8 @@ async def serve(
             Evenness(segment, table.counters, index).is_ahead,
             on_ready,
             on_stop,
+            inference if config.server.lean_path else None,
+            inference.bound,
         )
 
         def stop() -> None:

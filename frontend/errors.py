@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from broker.errors import PenstockError
+from broker.errors import BadRequest, PenstockError
 from frontend.upstream.base import Headers
 
 
@@ -27,6 +27,17 @@ class MethodNotAllowed(PenstockError):
     status = 405
     kind = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class Malformed(BadRequest):
+    """What came is no HTTP request, or one that can be read in two ways."""
+
+    code = "malformed_request"
+
+
+class HeadTooLarge(BadRequest):
+    status = 431
+    code = "head_too_large"
 
 
 def body(error: PenstockError) -> bytes:

@@ -2,7 +2,7 @@
 
 uvicorn stays the HTTP server: its parser, its flow control, its graceful stop and its accounting of connections and
 tasks. What differs: connections come from the `Acceptor`, each is counted in shared memory, signals are the process's,
-and a connection that was taken when the stop began is still served.
+and a connection that was taken when the stop began is still served. What happens on one is `connection.py`'s.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
-from broker.counters import FrontendCounters, TotalColumn
+from broker.counters import FrontendCounters
 from frontend.accept import Acceptor
+from frontend.answer import PAUSE_AT
+from frontend.api import Inference
+from frontend.connection import Connection
+from frontend.idle import IdleConnections
+from frontend.lean import Lean
 
 KEEP_ALIVE_S = 75
 """Longer than the pools of common clients keep an idle connection, so that the client is the one who closes it."""
-FIRST_REQUEST_S = 1.0
-"""How long a connection without a request yet is waited for when stopping."""
-
 
 _CUT_OFF = "ASGI callable returned without completing response."
 """How uvicorn names, as an error of ours, what is an answer's only way to be cut off visibly. The request's own log
@@ -39,42 +38,6 @@ def quiet_uvicorn() -> None:
     uvicorn_logger.addFilter(lambda record: record.msg != _CUT_OFF)
 
 
-class Connection(HttpToolsProtocol):
-    """A client's connection."""
-
-    def __init__(
-        self, config: uvicorn.Config, state: ServerState, app_state: dict[str, Any], counters: FrontendCounters
-    ) -> None:
-        super().__init__(config=config, server_state=state, app_state=app_state)
-        self._counters = counters
-        self._requested = False
-        self._stopping = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(cast("asyncio.Transport", transport))  # uvloop's are no subclass
-        self._counters.count(TotalColumn.CONNECTIONS_OPENED)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._counters.count(TotalColumn.CONNECTIONS_CLOSED)
-        super().connection_lost(exc)
-
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        self._requested = True
-        if self._stopping:
-            self.cycle.keep_alive = False
-
-    def shutdown(self) -> None:
-        # uvicorn would close this one at once. Without the wait: (1) the client connects, (2) it sends its request,
-        # (3) we take the connection from the backlog and stop, (4) the request is never read, although no port was
-        # closed when it was made.
-        if self._requested or self._stopping:
-            super().shutdown()
-        else:
-            self._stopping = True
-            self.loop.call_later(FIRST_REQUEST_S, super().shutdown)
-
-
 class Server(uvicorn.Server):
     """Serves until `should_exit` is set, then stops gracefully; `serve` returns when that is done."""
 
@@ -86,18 +49,26 @@ class Server(uvicorn.Server):
         is_ahead: Callable[[int], bool],
         on_ready: Callable[[], None],
         on_stop: Callable[[], None],
+        lean: Inference | None = None,
+        bound: int = PAUSE_AT,
     ) -> None:
+        """`lean`: the inference routes that go the lean way; without it, the application has them all. `bound`: what
+        one slow client may hold, in bytes."""
         super().__init__(config)
+        self._lean = Lean(lean, self.server_state) if lean is not None else None
+        self._bound = bound
         self._counters = counters
         self._listener = listener
         self._is_ahead = is_ahead
         self._on_ready = on_ready
         self._on_stop = on_stop
         self._acceptor: Acceptor | None = None
+        self._idle: IdleConnections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         loop = asyncio.get_running_loop()
+        self._idle = IdleConnections(loop, self.config.timeout_keep_alive)
         self._acceptor = Acceptor(self._listener, self._connection, self._is_ahead, loop)
         self._acceptor.start()
         self._on_ready()
@@ -115,4 +86,6 @@ class Server(uvicorn.Server):
         yield
 
     def _connection(self) -> asyncio.Protocol:
-        return Connection(self.config, self.server_state, self.lifespan.state, self._counters)
+        return Connection(
+            self.config, self.server_state, self.lifespan.state, self._counters, self._idle, self._lean, self._bound
+        )

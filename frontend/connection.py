@@ -1,0 +1,391 @@
+"""A client's connection: uvicorn's protocol, with the lean path in it, and stricter.
+
+    bytes --httptools--> head --+-- POST /v1/… --> LeanCycle --------------------------> Forward
+                                |                      one is running, the others queue up in uvicorn's `pipeline`
+                                +-- other -------> RequestResponseCycle (uvicorn) ----> starlette
+
+Both kinds of requests may come on one connection, in any order and without waiting; they are answered in theirs.
+
+What is done here for both kinds, because uvicorn leaves it to others or does it differently:
+
+* Reading is never left paused while an answer is awaited: the client's leaving must be seen. Instead, what a client
+  sends ahead is bounded; when it sends more, the connection ends after the answers that are due.
+* A client that ends its half of the connection has left: its kernel says the same when it was killed.
+* A malformed request behind a good one is answered in its turn, and not in the middle of the good one's answer.
+* A request whose framing or target is not beyond doubt is refused, and its head is bounded. (httptools refuses most
+  such shapes by itself; tests/frontend/conformance.py has them all.)
+* Trailers end with the framing they belong to; uvicorn adds them to the headers.
+
+The names of uvicorn's that are used here are held fast by tests/frontend/test_uvicorn_names.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, cast
+
+import httptools
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from broker.counters import FrontendCounters, TotalColumn
+from broker.errors import PenstockError
+from frontend.answer import PAUSE_AT, whole_error
+from frontend.errors import HeadTooLarge, Malformed
+from frontend.forward import count_response
+from frontend.idle import IdleConnections
+from frontend.lean import Lean, LeanCycle
+
+logger = logging.getLogger("frontend")
+
+FIRST_REQUEST_S = 1.0
+"""How long a connection without a request yet is waited for when stopping."""
+MAX_HEAD_BYTES = 64 * 1024
+"""Target, names and values of one request, trailers included; and bytes in a row that bring nothing to an end."""
+MAX_AHEAD = 64
+"""Requests that may wait behind the running one."""
+MAX_AHEAD_BYTES = 256 * 1024
+"""Bytes of bodies among them."""
+
+Cycle = LeanCycle | RequestResponseCycle
+
+
+class Connection(HttpToolsProtocol):
+    """Owned by its transport. `cycle` (uvicorn's name) is the request that was read last, `_running` the one whose
+    answer is due; between them are those in `pipeline`."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        state: ServerState,
+        app_state: dict[str, Any],
+        counters: FrontendCounters,
+        idle: IdleConnections,
+        lean: Lean | None,
+        bound: int = PAUSE_AT,
+    ) -> None:
+        """`bound`: what one slow client may hold, in bytes. Without `lean`, every request goes to the application."""
+        super().__init__(config=config, server_state=state, app_state=app_state)
+        self._counters = counters
+        self._idle = idle
+        self._lean = lean
+        self._bound = bound
+        self._running: Cycle | None = None
+        self._requested = False
+        self._stopping = False
+        self._is_advancing = False
+        self._in_body = False
+        self._is_full = False  # whatever comes now is no longer read
+        self._refusal: PenstockError | None = None  # to be said when all answers before it have been
+        self._head_bytes = 0
+        self._dry_bytes = 0
+
+    # -- the transport's callbacks -----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+        super().connection_made(transport)
+        if self._bound < PAUSE_AT:  # which is the transports' own
+            transport.set_write_buffer_limits(high=self._bound)
+        self._counters.count(TotalColumn.CONNECTIONS_OPENED)
+        self._idle.enter(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._counters.count(TotalColumn.CONNECTIONS_CLOSED)
+        self._idle.leave(self)
+        self._part()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_full:
+            return
+        self._dry_bytes += len(data)
+        rest = data
+        try:
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    rest = b""
+                except httptools.HttpParserUpgrade as upgrade:  # declined by going on as before
+                    rest = rest[upgrade.args[0] :]
+            if self._dry_bytes > MAX_HEAD_BYTES and not self._is_full:
+                raise self._refuse(HeadTooLarge(f"a head or chunk line is larger than {MAX_HEAD_BYTES} bytes"))
+        except (httptools.HttpParserError, PenstockError) as error:
+            cause = error.__context__
+            if self._refusal is None and cause is not None and not isinstance(cause, httptools.HttpParserError):
+                logger.error("a request could not be read", exc_info=cause)
+            self._break_off(self._refusal or Malformed(f"the request is malformed: {error}"))
+
+    def eof_received(self) -> None:
+        if self._running is not None:
+            self.abort()
+            self._part()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if isinstance(self._running, LeanCycle):
+            self._running.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if isinstance(self._running, LeanCycle):
+            self._running.resume()
+
+    # -- httptools' callbacks, in the order of a request -------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        # What uvicorn makes here is made when it is known that the request is uvicorn's: see `on_headers_complete`.
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self._in_body = False
+        self._head_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._bound_head(len(url))
+        self.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._bound_head(len(name) + len(value) + 4)
+        if not self._in_body:
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self._requested = self._in_body = True
+        self._dry_bytes = 0
+        self._idle.leave(self)
+        if self._is_full:
+            return
+        modern = self._check_head()
+        if len(self.pipeline) >= MAX_AHEAD or self.transport.is_closing():
+            self._stop_reading()
+            return
+        if self._lean is not None and self._lean.takes(self.parser.get_method(), self.url):
+            keep_alive = modern and self.parser.should_keep_alive() and not self._stopping
+            cycle = LeanCycle(self, self._lean, self.url, self.headers, keep_alive=keep_alive, modern=modern)
+            self.cycle = _as_uvicorns(cycle)
+            if self._running is None:
+                self._start_asgi_task(self.cycle, self.app)
+            else:
+                self.pipeline.appendleft((self.cycle, self.app))
+        else:
+            url, found = self.url, self.headers
+            super().on_message_begin()
+            for name, value in found:
+                super().on_header(name, value)
+            self.url = url
+            super().on_headers_complete()
+            self.flow.resume_reading()  # uvicorn stops reading when one request waits for another
+            if not modern:
+                self.cycle.waiting_for_100_continue = False  # HTTP/1.0 knows no interim answers
+            if self._stopping:
+                self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        self._dry_bytes = 0
+        cycle = self._current
+        if self._is_full or cycle is None or cycle.response_complete:
+            return
+        if isinstance(cycle, LeanCycle):
+            cycle.feed(body)
+            self._go_on(cycle)
+        else:
+            super().on_body(body)
+        if cycle is not self._running and self._bytes_ahead() > MAX_AHEAD_BYTES:
+            self._drop_last()
+            self._stop_reading()
+
+    def on_message_complete(self) -> None:
+        self._dry_bytes = 0
+        cycle = self._current
+        if self._is_full or cycle is None or cycle.response_complete:
+            return
+        if isinstance(cycle, LeanCycle):
+            cycle.more_body = False
+            self._go_on(cycle)
+        else:
+            super().on_message_complete()
+
+    # -- the running request -----------------------------------------------------------------------------------
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """uvicorn's name for: it is this request's turn."""
+        self._running = running = cast("Cycle", cycle)
+        if isinstance(running, LeanCycle):
+            if running.more_body and running is self._current and self.expect_100_continue:
+                if running.is_ready:  # refused: whether its body will follow nobody knows
+                    running.keep_alive = False
+                elif self.parser.get_http_version() == "1.1":
+                    self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._go_on(running)
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _go_on(self, cycle: LeanCycle) -> None:
+        if cycle is self._running and cycle.is_ready:
+            cycle.begin()
+
+    def on_response_complete(self) -> None:
+        """The running request, of whichever kind, has been answered."""
+        self.server_state.total_requests += 1
+        running, self._running = self._running, None
+        if (
+            isinstance(running, RequestResponseCycle)
+            and running is self._current
+            and running.more_body
+            and self.expect_100_continue
+        ):
+            self.close()  # it was answered without its body, which may follow or not
+        self._advance()
+
+    def _advance(self) -> None:
+        """The next request's turn, or what comes after the last. A loop: a thousand that are refused at once must not
+        become a thousand frames."""
+        if self._is_advancing:
+            return
+        self._is_advancing = True
+        while self._running is None and not self.transport.is_closing():
+            if self.pipeline:
+                self._start_asgi_task(*self.pipeline.pop())
+            elif self._refusal is not None:
+                self._say(self._refusal)
+            elif self._is_full:
+                self.close()
+            else:
+                self._idle.enter(self)
+                break
+        self._is_advancing = False
+
+    def _part(self) -> None:
+        """The client has left: whoever works for it is told."""
+        for cycle in (self._running, *(cast("Cycle", cycle) for cycle, _ in self.pipeline)):
+            _tell_gone(cycle)
+        self._running = None
+        self._is_full = True
+        self.pipeline.clear()
+        if isinstance(self._current, LeanCycle):
+            self.cycle = _NO_CYCLE  # uvicorn tells it, too, in its own way
+
+    # -- what the server and the idle timer ask for ------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        # uvicorn would close this one at once. Without the wait: (1) the client connects, (2) it sends its request,
+        # (3) we take the connection from the backlog and stop, (4) the request is never read, although no port was
+        # closed when it was made.
+        if self._requested or self._stopping:
+            super().shutdown()
+        else:
+            self.loop.call_later(FIRST_REQUEST_S, super().shutdown)
+        self._stopping = True
+
+    def idled(self) -> None:
+        self.close()
+
+    # -- what a lean request asks for --------------------------------------------------------------------------
+
+    @property
+    def writes_are_paused(self) -> bool:
+        return self.flow.write_paused
+
+    def send(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def close(self) -> None:
+        self.transport.close()
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    # -- refusals ----------------------------------------------------------------------------------------------
+
+    @property
+    def _current(self) -> Cycle | None:
+        """The request that was read last, or is being read."""
+        return cast("Cycle | None", self.cycle)
+
+    def _check_head(self) -> bool:
+        """Whether the client speaks HTTP/1.1. Raises what httptools lets pass although it can be read in two ways."""
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            raise self._refuse(Malformed(f"HTTP/{version} is not spoken here"))
+        hosts = 0
+        for name, value in self.headers:
+            if name == b"host":
+                hosts += 1
+            elif name == b"transfer-encoding" and (value.lower() != b"chunked" or version == "1.0"):
+                raise self._refuse(Malformed("a transfer coding other than chunked is not understood"))
+        if hosts > 1 or (hosts == 0 and version == "1.1"):
+            raise self._refuse(Malformed("exactly one Host header is expected"))
+        return version == "1.1"
+
+    def _bound_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise self._refuse(HeadTooLarge(f"the head of a request may have {MAX_HEAD_BYTES} bytes"))
+
+    def _refuse(self, error: PenstockError) -> PenstockError:
+        """Notes what the exception will mean when httptools has wrapped it."""
+        self._refusal = error
+        return error
+
+    def _bytes_ahead(self) -> int:
+        return sum(
+            cycle.held_bytes if isinstance(cycle, LeanCycle) else len(cycle.body)
+            for cycle in (cast("Cycle", cycle) for cycle, _ in self.pipeline)
+        )
+
+    def _drop_last(self) -> None:
+        """The request being read will not be answered."""
+        cycle, _ = self.pipeline.popleft()
+        _tell_gone(cast("Cycle", cycle))
+
+    def _stop_reading(self) -> None:
+        """The client sent too much ahead: the connection ends after the answers that are due."""
+        self._is_full = True
+        last = self.pipeline[0][0] if self.pipeline else self._running
+        if last is not None:
+            last.keep_alive = False
+
+    def _break_off(self, error: PenstockError) -> None:
+        """What comes cannot be understood: it is said when the answers before it are out, and nothing more is read."""
+        self._is_full = True
+        self._refusal = error
+        broken = self._current
+        if broken is not None and broken.more_body and not broken.response_complete:
+            if broken is not self._running:
+                self._drop_last()
+            elif isinstance(broken, RequestResponseCycle) and broken.response_started:
+                self.abort()
+            else:
+                _tell_gone(broken)
+                self._running = None
+        self._advance()
+
+    def _say(self, error: PenstockError) -> None:
+        """Refuses what was no request, and ends the connection."""
+        self._counters.count(TotalColumn.REJECTED)
+        count_response(self._counters, error.status)
+        data, found = whole_error(error)
+        lines = [STATUS_LINE[error.status]]
+        for name, value in (*self.server_state.default_headers, *found, (b"connection", b"close")):
+            lines += (name, b": ", value, b"\r\n")
+        self.send(b"".join((*lines, b"\r\n", data)))
+        self.close()
+
+
+_NO_CYCLE = cast("RequestResponseCycle", None)
+
+
+def _as_uvicorns(cycle: LeanCycle) -> RequestResponseCycle:
+    """It has what uvicorn looks at in a cycle that is not being lost: `response_complete` and `keep_alive`."""
+    return cast("RequestResponseCycle", cycle)
+
+
+def _tell_gone(cycle: Cycle | None) -> None:
+    if isinstance(cycle, LeanCycle):
+        cycle.leave()
+    elif cycle is not None and not cycle.response_complete:
+        cycle.disconnected = True
+        cycle.message_event.set()

@@ -1,0 +1,279 @@
+"""The lean path: an inference request on a client's connection, without ASGI, task, future or event.
+
+                      begin                     start                 finish, fail
+    reading the body --------> at an instance --------> its answer --------------> complete
+           |                        |  fail                  |                         ^
+           +--- refused ------------+------------------------|-------------------------+
+                                                leave, from anywhere: nobody listens any more
+
+A `LeanCycle` stands where uvicorn has its `RequestResponseCycle`: `connection.py` queues, begins and ends both kinds
+alike, and what uvicorn itself looks at (`response_complete`, `keep_alive`) means the same. What a request means is
+said by `api.Inference`, its way by `Forward`; here are only the bytes of the answer.
+
+Measured against the same request over ASGI: benchmarks/test_lean.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+from uvicorn.server import ServerState
+
+from broker.errors import BadRequest, PenstockError
+from frontend import headers
+from frontend.answer import last_event, takes_events, whole_error
+from frontend.api import Inference, says_too_large, too_large
+from frontend.forward import Forward
+from frontend.upstream.base import Headers
+
+logger = logging.getLogger("frontend")
+
+_UNTIL_CLOSE = -1
+"""Instead of a length: HTTP/1.0 knows no chunks, so the connection's end is the body's."""
+_BODILESS = frozenset((204, 304))
+
+
+class Lean:
+    """What the lean requests of a frontend share."""
+
+    def __init__(self, inference: Inference, state: ServerState) -> None:
+        self.inference = inference
+        self._state = state
+        self._defaults: Headers = []
+        self._lines = b""
+
+    def takes(self, method: bytes, url: bytes) -> bool:
+        """Whether a request may go the lean way: any `POST /v1/…`. What is not beyond doubt (an escaped path, a
+        fragment) goes to starlette, which reads it alike."""
+        return method == b"POST" and url.startswith(b"/v1/") and b"%" not in url and b"#" not in url
+
+    def default_lines(self) -> bytes:
+        """The headers that the server adds to every answer, as they are written. uvicorn makes them once a second."""
+        if self._state.default_headers is not self._defaults:
+            self._defaults = self._state.default_headers
+            self._lines = b"".join([b"%b: %b\r\n" % pair for pair in self._defaults])
+        return self._lines
+
+
+class Client(Protocol):
+    """What a cycle needs of its connection."""
+
+    @property
+    def writes_are_paused(self) -> bool: ...
+
+    def send(self, data: bytes) -> None: ...
+
+    def close(self) -> None:
+        """After what was sent."""
+
+    def abort(self) -> None:
+        """At once, so that it cannot pass for an orderly end."""
+
+    def on_response_complete(self) -> None: ...
+
+
+class LeanCycle:
+    """One request and its answer: the client's sink. Owned by its connection; owns its `Forward`."""
+
+    __slots__ = (
+        "_chunked",
+        "_client",
+        "_error",
+        "_events",
+        "_forward",
+        "_found",
+        "_head",
+        "_ident",
+        "_last",
+        "_lean",
+        "_left",
+        "_modern",
+        "_parts",
+        "_size",
+        "_started",
+        "_url",
+        "keep_alive",
+        "more_body",
+        "response_complete",
+    )
+
+    def __init__(
+        self, client: Client, lean: Lean, url: bytes, found: Headers, *, keep_alive: bool, modern: bool
+    ) -> None:
+        """`modern`: the client speaks HTTP/1.1."""
+        self.keep_alive = keep_alive
+        self.more_body = True
+        self.response_complete = False
+        self._client = client
+        self._lean = lean
+        self._url = url
+        self._found = found
+        self._modern = modern
+        self._ident = headers.request_id(found)
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._error: BadRequest | None = None  # why the body is not read on
+        self._forward: Forward | None = None
+        self._started = False
+        self._head = b""  # held until the first bytes of the body, so that both go out in one write
+        self._chunked = False
+        self._events = False
+        self._left = 0  # bytes of the body that the answer's length announces
+        self._last = b""
+        if says_too_large(found, lean.inference.limit):
+            self._error = too_large(lean.inference.limit)
+
+    def __repr__(self) -> str:
+        state = "complete" if self.response_complete else "reading" if self.more_body else "open"
+        return f"<LeanCycle {self._ident.decode()} {state}>"
+
+    # -- the connection's side ---------------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        """`begin` may be called: the body is whole, or need not become so."""
+        return not self.more_body or self._error is not None
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the body, until the request has begun."""
+        return self._size
+
+    def feed(self, body: bytes) -> None:
+        """A part of the request's body."""
+        if self._error is not None:
+            return
+        self._size += len(body)
+        if self._size > self._lean.inference.limit:
+            self._error = too_large(self._lean.inference.limit)
+            self._parts.clear()
+        else:
+            self._parts.append(body)
+
+    def begin(self) -> None:
+        """Sends the request on its way. To be called once, when it is this one's turn and it is ready."""
+        inference = self._lean.inference
+        path, found, parts = self._url.partition(b"?")[0].decode("ascii"), self._found, self._parts
+        self._found, self._parts, self._size = [], [], 0  # an open stream does not keep its prompt
+        try:
+            if self._error is not None:
+                raise self._error
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            forward = inference.forward(path, self._url.decode("ascii"), found, data, self._ident, self)
+            self._forward = forward
+            if self._client.writes_are_paused:
+                forward.pause()
+            forward.begin()
+        except BadRequest as error:
+            inference.refuse(path, self._ident, error)
+            self._answer_with(error)
+        except Exception:  # the outermost net, as starlette has it for its routes
+            logger.exception("a request failed")
+            self.leave()
+            self._answer_with(PenstockError("internal error"))
+
+    def leave(self) -> None:
+        """Nobody listens any more. Idempotent."""
+        forward, self._forward = self._forward, None
+        if forward is not None:
+            forward.cancel()
+
+    def pause(self) -> None:
+        """The client does not keep up."""
+        if self._forward is not None:
+            self._forward.pause()
+
+    def resume(self) -> None:
+        if self._forward is not None:
+            self._forward.resume()
+
+    # -- the sink ----------------------------------------------------------------------------------------------
+
+    def start(self, status: int, found: Headers) -> None:
+        self._events = takes_events(found)
+        self._frame(status, headers.for_client(found, self._ident))
+
+    def write(self, data: bytes) -> None:
+        head, self._head = self._head, b""
+        if self._chunked:
+            self._last = data
+            data = b"%b%x\r\n%b\r\n" % (head, len(data), data)
+        else:
+            if self._left >= 0:
+                self._left -= len(data)
+                if self._left < 0:
+                    self._cut_off()
+                    return
+            if head:
+                data = head + data
+        self._started = True
+        self._client.send(data)
+
+    def finish(self) -> None:
+        if self._chunked:
+            self._send(self._head + b"0\r\n\r\n")
+        elif self._left > 0:
+            self._cut_off()
+            return
+        elif self._head:
+            self._send(self._head)
+        self._complete()
+
+    def fail(self, error: PenstockError) -> None:
+        if not self._started:
+            self._answer_with(error)
+        elif self._events:
+            self.write(last_event(error, self._last))
+            self.finish()
+        else:
+            self._cut_off()
+
+    # -- within ------------------------------------------------------------------------------------------------
+
+    def _frame(self, status: int, found: Headers) -> None:
+        """Makes the head, and decides how the body's end will be seen."""
+        lines = [STATUS_LINE[status], self._lean.default_lines()]
+        length = None
+        for name, value in found:
+            lines += (name, b": ", value, b"\r\n")
+            if name == b"content-length":
+                length = int(value)
+        if length is not None or status in _BODILESS:
+            self._left = 0 if status in _BODILESS else length or 0
+        elif self._modern:
+            self._chunked = True
+            lines.append(b"transfer-encoding: chunked\r\n")
+        else:
+            self._left = _UNTIL_CLOSE
+            self.keep_alive = False
+        lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        self._head = b"".join(lines)
+
+    def _answer_with(self, error: PenstockError) -> None:
+        data, found = whole_error(error, self._ident)
+        self._chunked = self._events = False
+        self._frame(error.status, found)
+        self.write(data)
+        self._complete()
+
+    def _send(self, data: bytes) -> None:
+        self._started = True
+        self._head = b""
+        self._client.send(data)
+
+    def _cut_off(self) -> None:
+        """Ends the connection so that the client sees that something is missing."""
+        self.keep_alive = False
+        self.leave()
+        if self._left == _UNTIL_CLOSE:
+            self._client.abort()
+        self._complete()
+
+    def _complete(self) -> None:
+        self._forward = None
+        self.response_complete = True
+        if not self.keep_alive:
+            self._client.close()
+        self._client.on_response_complete()
