@@ -174,6 +174,8 @@ class TableReader:
         """(Column, slots) as of the last look."""
         self.stamp = 0
         """Rises whenever the snapshot changes."""
+        self.selections = 0
+        """Rises whenever what `entries` gives has changed."""
         self._membership = -1
         self._missed = True
         self._entries: dict[int, Entry] = {}
@@ -324,6 +326,7 @@ class TableReader:
 
     def _select(self) -> None:
         """Sort the snapshot's instances into candidates."""
+        self.selections += 1
         self._missed = not self._rows.complete
         self._entries = {}
         roles: dict[int, list[Entry]] = {}

@@ -6,7 +6,8 @@ this process does anything else.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Protocol
 
 import msgspec
 
@@ -18,16 +19,72 @@ from broker.policies import Options, Policy, frontend_rng, make_policy
 from broker.types import Instance, Role, RouteRequest
 from broker.view import TableReader, View
 from frontend.breaker import Breaker
+from frontend.upstream.base import Call, Sink, Upstream, UpstreamRequest
 
 TAKES = 8
 """Picks whose slot changed before it could be taken, until the request is refused: the fleet cannot churn faster."""
 
 
+RETRIED_STATUSES = frozenset((502, 503))
+"""An engine, or what stands in front of it, says that it cannot take the request: another one may."""
+
+
+class Chosen(Protocol):
+    """Who got a request: one instance (`Choice`), or a pair of them (`frontend.pair`)."""
+
+    @property
+    def instance(self) -> Instance:
+        """Whose answer is the client's."""
+
+    @property
+    def lease(self) -> Lease:
+        """Counts the request there; whoever has the choice closes it."""
+
+    @property
+    def suspects(self) -> Collection[Lease]:
+        """Who is to blame, and not to be tried again, if the attempt fails now. At least one."""
+
+    @property
+    def retried(self) -> Collection[int]:
+        """Statuses after which the request may be tried elsewhere."""
+
+    @property
+    def where(self) -> str:
+        """For log lines."""
+
+    def open(self, upstream: Callable[[Instance], Upstream], request: UpstreamRequest, sink: Sink) -> Call:
+        """Sends the request; the contract of `Upstream.open`."""
+
+
+class Chooser(Protocol):
+    """What a request needs to find its instance."""
+
+    breaker: Breaker
+
+    def choose(self, request: RouteRequest, tried: Collection[int], now: float) -> Chosen:
+        """Others than the slots in `tried`, where there are any. Raises `PenstockError`; nothing is held then."""
+
+
 class Choice(msgspec.Struct, frozen=True):
-    """An instance, and the lease that counts the request there; whoever gets it closes the lease."""
+    """An instance, and the lease that counts the request there."""
 
     instance: Instance
     lease: Lease
+
+    @property
+    def suspects(self) -> tuple[Lease]:
+        return (self.lease,)
+
+    @property
+    def retried(self) -> Collection[int]:
+        return RETRIED_STATUSES
+
+    @property
+    def where(self) -> str:
+        return self.instance.url
+
+    def open(self, upstream: Callable[[Instance], Upstream], request: UpstreamRequest, sink: Sink) -> Call:
+        return upstream(self.instance).open(self.instance, request, sink)
 
 
 class Dispatcher:
@@ -41,29 +98,36 @@ class Dispatcher:
         self._policies = policies
         self.breaker = breaker
 
-    def choose(self, request: RouteRequest, tried: Collection[int], now: float) -> Choice:
-        """An instance other than those of the slots in `tried`, where there is one.
+    def choose(self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int] = ()) -> Choice:
+        """An instance other than those of the slots in `tried`, where there is one, and never one of `unfit`.
 
         Raises `NoInstance` or `ModelNotFound`; nothing is held then.
         """
         for _ in range(TAKES):
-            view, slot = self._pick(request, tried, now)
+            view, slot = self._pick(request, tried, now, unfit)
             lease = take(self._table, self._counters, slot, view.generation(slot), request.prompt_tokens)
             if lease is not None:
                 self.breaker.tries(slot, now)
                 return Choice(self._table.instance(slot), lease)
         raise NoInstance("instances come and go faster than a request can be placed; try again")
 
-    def _pick(self, request: RouteRequest, tried: Collection[int], now: float) -> tuple[View, int]:
+    def _pick(
+        self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int]
+    ) -> tuple[View, int]:
         """Not tried and not open; else not tried, the least bad; else, all having been tried, any once more."""
-        avoid = {*tried, *self.breaker.open_slots(now)}
+        avoid = {*tried, *self.breaker.open_slots(now), *unfit}
         view = self._table.view(request.role, request.model, avoid=avoid)
         if avoid:
             slots: list[int] = view.slots.tolist()
             if slots[0] in avoid:  # then all are: the view leaves out what it may, or nothing
-                left = [slot for slot in slots if slot not in tried]
+                fit = [slot for slot in slots if slot not in unfit]
+                if not fit:
+                    raise NoInstance(f"no {request.role.name.lower()} instance fits its counterpart")
+                left = [slot for slot in fit if slot not in tried]
                 if left:
                     return view, self.breaker.least_bad(left)
+                if unfit:
+                    view = self._table.view(request.role, request.model, avoid=unfit)
         return view, self._policies[request.role].pick(request, view)
 
 

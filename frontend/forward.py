@@ -40,13 +40,11 @@ from broker.errors import (
     UpstreamTimeout,
 )
 from broker.types import Instance, RouteRequest
-from frontend.dispatch import Choice, Dispatcher
+from frontend.dispatch import Chooser, Chosen
 from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
 
 access = logging.getLogger("penstock.access")
 
-RETRIED_STATUSES = frozenset((502, 503))
-"""An engine, or what stands in front of it, says that it cannot take the request: another one may."""
 FAILED_STATUSES = frozenset((502, 503, 504))
 """Answers that count as failures of the instance."""
 
@@ -78,7 +76,7 @@ class Forwarder:
     def __init__(
         self,
         config: Config,
-        dispatcher: Dispatcher,
+        dispatcher: Chooser,
         counters: FrontendCounters,
         http: Upstream,
         native: Upstream,
@@ -150,7 +148,7 @@ class Forward:
         self._asked: tuple[RouteRequest, UpstreamRequest] | None = (route, request)
         self._sink = sink
         self._state = State.NEW
-        self._choice: Choice | None = None  # of the attempt under way, or the last one
+        self._choice: Chosen | None = None  # of the attempt under way, or the last one
         self._call: Call | None = None  # None once the transport has ended it
         self._head: tuple[int, Headers] | None = None  # held back
         self._timer: asyncio.TimerHandle | None = None
@@ -164,7 +162,7 @@ class Forward:
         self._last = self._tail = b""  # the last chunk and the one before it
 
     def __repr__(self) -> str:
-        where = self._choice.instance.url if self._choice else None
+        where = self._choice.where if self._choice else None
         return f"Forward({self._ident.decode()}, {self._state.name}, at={where}, attempts={self._attempts})"
 
     # -- the client's side -------------------------------------------------------------------------------------
@@ -215,10 +213,11 @@ class Forward:
     # -- the instance's side: the sink of each attempt ---------------------------------------------------------
 
     def start(self, status: int, headers: Headers) -> None:
+        assert self._choice is not None
         if status in FAILED_STATUSES:
             self._failed()
-            if status in RETRIED_STATUSES and self._try_another():
-                return
+        if status >= 400 and status in self._choice.retried and self._try_another():
+            return
         self._head = (status, headers)
 
     def write(self, data: bytes) -> None:
@@ -250,7 +249,7 @@ class Forward:
 
     # -- within ------------------------------------------------------------------------------------------------
 
-    def _open(self, choice: Choice) -> None:
+    def _open(self, choice: Chosen) -> None:
         assert self._asked is not None
         shared = self._shared
         self._state = State.TRYING
@@ -259,7 +258,7 @@ class Forward:
         self._attempts += 1
         if shared.first_byte_s:
             self._arm(shared.first_byte_s)
-        self._call = shared.upstream(choice.instance).open(choice.instance, self._asked[1], self)
+        self._call = choice.open(shared.upstream, self._asked[1], self)
         if self._paused:
             self._call.pause()
 
@@ -268,13 +267,12 @@ class Forward:
         shared, last = self._shared, self._choice
         if last is None or self._asked is None or self._attempts >= shared.attempts:
             return False
-        slot = last.lease.slot
-        self._tried.append(slot)
+        self._tried += [suspect.slot for suspect in last.suspects]
         try:
             choice = shared.dispatcher.choose(self._asked[0], self._tried, shared.clock())
         except PenstockError:
             return False  # what this instance said is a better answer than "no instance"
-        last.lease.count(CounterColumn.RETRIED)
+        next((suspect for suspect in last.suspects if not suspect.closed), last.lease).count(CounterColumn.RETRIED)
         call, self._call = self._call, None
         last.lease.close()
         if call is not None:
@@ -329,8 +327,8 @@ class Forward:
 
     def _failed(self) -> None:
         assert self._choice is not None
-        lease = self._choice.lease
-        self._shared.dispatcher.breaker.failed(lease.slot, lease.generation, self._shared.clock())
+        for suspect in self._choice.suspects:
+            self._shared.dispatcher.breaker.failed(suspect.slot, suspect.generation, self._shared.clock())
 
     def _say(self, error: PenstockError) -> None:
         """Ends the request with an error that the client hears."""
@@ -369,7 +367,7 @@ class Forward:
             self._ident.decode("ascii"),
             printable(self._path.partition("?")[0]),
             printable(self._model or "-"),
-            self._choice.instance.url if self._choice else "-",
+            self._choice.where if self._choice else "-",
             self._shared.policy,
             self._attempts,
             self._status,
