@@ -15,10 +15,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 
+from broker import lease as lease_module
 from broker.config import Config
 from broker.counters import CounterColumn, CountersReader, FrontendCounters, attach_counters
 from broker.errors import NoInstance
@@ -157,3 +158,61 @@ def test_without_the_look_after_taking_requests_go_astray(tmp_path: Path) -> Non
 
 def test_without_waiting_for_the_last_request_answers_go_astray(tmp_path: Path) -> None:
     assert _run(tmp_path, 20_000, break_reclaiming=True) > 0
+
+
+# -- the fence ---------------------------------------------------------------------------------------------
+
+
+class StoreBuffer:
+    """Counter cells behind a store buffer, as an x86-64 core has one: its owner sees its own stores at once, everybody
+    else when a fence drains it, or at some later time."""
+
+    def __init__(self, cells: memoryview) -> None:
+        self._cells = cells
+        self._waiting: dict[int, int] = {}
+
+    def __getitem__(self, index: int) -> int:
+        found: int = self._waiting.get(index, self._cells[index])
+        return found
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._waiting[index] = value
+
+    def drain(self) -> None:
+        for index, value in self._waiting.items():
+            self._cells[index] = value
+        self._waiting.clear()
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+def test_the_fence_of_a_take_is_what_the_scheduler_sees_it_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fenced: bool
+) -> None:
+    """The one interleaving that only the fence forbids. It cannot be had by trying: a real buffer drains within less
+    time than the scheduler's removal takes in Python, so the buffer here holds its stores until it must let go.
+    """
+    with Run(tmp_path, slots=SLOTS, rest=0) as run:
+        run.admit("http://a")
+        run.roster.enter(0)
+        counters = FrontendCounters(attach_counters(tmp_path, run.config), 0)
+        buffer = StoreBuffer(counters.cells)
+        counters.cells = buffer  # type: ignore[assignment]  # as far as take uses it
+        # The frontend's fence only: the scheduler's drains another core's buffer.
+        monkeypatch.setattr(lease_module, "fence", SimpleNamespace(full=buffer.drain if fenced else lambda: None))
+        reader = run.reader
+        is_open = reader.is_open
+
+        def is_open_then_remove(slot: int, generation: int) -> bool:
+            """The frontend looks; before anything else of it is seen, the scheduler removes and reuses the slot."""
+            found = is_open(slot, generation)
+            run.writer.remove(0, run.clock())
+            run.writer.reclaim(run.clock.advance(1))
+            return found
+
+        monkeypatch.setattr(reader, "is_open", is_open_then_remove)
+        view = reader.view(Role.MIXED, None)
+        lease = take(reader, counters, 0, view.generation(0))
+        assert lease is not None
+        buffer.drain()
+        given_away = run.writer.state(0) is State.FREE
+        assert given_away is not fenced
