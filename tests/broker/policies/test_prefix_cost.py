@@ -1,0 +1,140 @@
+"""`prefix_cost`: each of its four costs by itself, and what a copy costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from broker.policies.prefix_cost import PrefixCost
+from broker.types import RouteRequest
+from tests.support.loads import FakeLoads
+from tests.support.prefix import BLOCK, Prefixes
+
+HEAD = "".join(f"{i:04d}" for i in range(100))
+
+
+@pytest.fixture
+def prefixes(tmp_path: Path) -> Prefixes:
+    return Prefixes(tmp_path)
+
+
+def ask(prompt: str) -> RouteRequest:
+    """A prompt of as many tokens as characters."""
+    return RouteRequest(prompt=prompt, prompt_tokens=len(prompt))
+
+
+def fresh(prefixes: Prefixes, seed: int = 1) -> PrefixCost:
+    return PrefixCost(Random(seed), prefixes.index)
+
+
+def test_stays_with_the_instance_that_has_the_prompt(prefixes: Prefixes) -> None:
+    prefixes.sent(HEAD, 102)
+    for seed in range(20):
+        assert fresh(prefixes, seed).pick(ask(HEAD + "more"), FakeLoads(8)) == 102
+
+
+def test_what_nobody_has_goes_where_least_is_queued(prefixes: Prefixes) -> None:
+    view = FakeLoads(3).having(tokens=[500, 100, 300], in_flight=[1, 1, 1])
+    assert fresh(prefixes).pick(ask(HEAD), view) == 101
+
+
+def test_what_nobody_has_goes_where_fewest_requests_are(prefixes: Prefixes) -> None:
+    view = FakeLoads(3).having(in_flight=[9, 8, 7])
+    assert fresh(prefixes).pick(ask(HEAD), view) == 102
+
+
+def test_a_rare_head_is_not_copied_for_a_queue_that_is_shorter_than_its_cost(prefixes: Prefixes) -> None:
+    """400 tokens to save, 0.07 of each queued token: a queue of 5,000 is worth waiting in, one of 10,000 is not."""
+    prefixes.sent(HEAD, 100)
+    assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[5_000, *[0] * 7])) == 100
+    assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[10_000, *[0] * 7])) != 100
+
+
+def test_a_head_that_everybody_has_is_copied_at_the_first_sign_of_a_queue(prefixes: Prefixes) -> None:
+    for _ in range(200):
+        prefixes.sent(HEAD, 100)
+    assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[1_000, *[0] * 7])) != 100
+
+
+def test_a_head_is_copied_as_far_as_its_share_goes(prefixes: Prefixes) -> None:
+    """A quarter of the requests have it: twice its fair two of eight instances, and no fifth for the same queue."""
+    for number in range(400):
+        prefixes.sent(HEAD if number % 4 == 0 else f"{number:08d}", 100)
+    busy = 3_000
+    for copies in range(1, 8):
+        view = FakeLoads(8).having(tokens=[busy] * copies + [0] * (8 - copies))
+        slot = fresh(prefixes).pick(ask(HEAD), view)
+        if slot < 100 + copies:
+            break
+        prefixes.sent(HEAD, 100 + copies)
+    assert copies in {3, 4}
+
+
+def test_only_the_hot_part_of_a_prompt_is_cheap_to_copy(prefixes: Prefixes) -> None:
+    """Everybody begins alike; what this client alone said since then stays where it is."""
+    own = "".join(f"{i:04x}" for i in range(5000, 5100))
+    for _ in range(200):
+        prefixes.sent(HEAD, 100)
+    prefixes.sent(HEAD + own, 100)
+    view = FakeLoads(8).having(tokens=[4_000, *[0] * 7])
+    assert fresh(prefixes).pick(ask(HEAD), view) != 100
+    assert fresh(prefixes).pick(ask(HEAD + own), view) == 100
+
+
+def test_equals_are_drawn(prefixes: Prefixes) -> None:
+    request = ask("abc")  # no full block: nothing is noted
+    assert {fresh(prefixes, seed).pick(request, FakeLoads(4)) for seed in range(60)} == {100, 101, 102, 103}
+
+
+def test_unknown_prompts_are_spread_evenly_even_if_nothing_is_ever_in_flight(prefixes: Prefixes) -> None:
+    policy, view = fresh(prefixes), FakeLoads(8)
+    work = np.zeros(8)
+    rng = Random(2)
+    for number in range(800):
+        prompt = f"{number:04d}" * rng.randrange(1, 50)
+        work[policy.pick(ask(prompt), view) - 100] += len(prompt)
+        prefixes.deliver()
+    assert work.max() / work.mean() < 1.02
+
+
+def test_the_lease_is_for_what_must_be_computed(prefixes: Prefixes) -> None:
+    prefixes.sent(HEAD, 102)
+    policy = fresh(prefixes)
+    request = ask(HEAD + "x" * 40)
+    policy.pick(request, FakeLoads(8))
+    assert policy.tokens(request) == 40
+    request = ask("y" * 7 * BLOCK)
+    policy.pick(request, FakeLoads(8))
+    assert policy.tokens(request) == 7 * BLOCK
+
+
+def test_a_prompt_beyond_the_cap_counts_by_its_whole_length(tmp_path: Path) -> None:
+    prefixes = Prefixes(tmp_path)
+    prompt = "".join(f"{i:04x}" for i in range(2048))  # 2,048 blocks, of which 1,024 count
+    prefixes.sent(prompt, 102)
+    policy = fresh(prefixes)
+    assert policy.pick(ask(prompt), FakeLoads(8)) == 102
+    assert policy.tokens(ask(prompt)) == len(prompt) / 2
+
+
+def test_the_unit_of_tokens_does_not_matter(tmp_path: Path) -> None:
+    """Estimates may be off by any factor: an engine's tokens, a quarter of the bytes."""
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    assert _choices(Prefixes(tmp_path / "1"), scale=1) == _choices(Prefixes(tmp_path / "2"), scale=64)
+
+
+def _choices(prefixes: Prefixes, scale: int) -> list[int]:
+    policy, view, rng = fresh(prefixes), FakeLoads(4), Random(3)
+    chosen = []
+    for _ in range(200):
+        prompt = HEAD[: 40 * rng.randrange(1, 10)] + f"{rng.randrange(9):04d}" * 20
+        request = RouteRequest(prompt=prompt, prompt_tokens=len(prompt) * scale)
+        chosen.append(policy.pick(request, view))
+        view.in_flight[chosen[-1] - 100] += 1
+        view.tokens[chosen[-1] - 100] += policy.tokens(request)
+        prefixes.deliver()
+    return chosen
