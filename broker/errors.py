@@ -5,6 +5,8 @@ Foreign exceptions are translated where they enter (upstream, wire, config) with
 
 from __future__ import annotations
 
+from enum import Enum
+
 import msgspec
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -19,6 +21,10 @@ class PenstockError(Exception):
     code: str | None = None
     retryable = False
     retry_after_s: int | None = None
+    request_id: str | None = None
+    """Of a prefill/decode request, once it has one."""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    """For the client's answer, beside those of the form that it takes."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -28,6 +34,18 @@ class PenstockError(Exception):
 
 class ConfigError(PenstockError):
     """The configuration cannot be used; stops the start."""
+
+
+class ConfigUnreadable(ConfigError):
+    """The file cannot be read."""
+
+
+class ConfigMalformed(ConfigError):
+    """The file is no YAML, or a value in it is none of its key's."""
+
+
+class PortMissing(ConfigError):
+    """No port was given, and there is no default."""
 
 
 # -- the client's side -------------------------------------------------------------------------------------
@@ -43,6 +61,12 @@ class BadRequest(PenstockError):
 class BodyTooLarge(BadRequest):
     status = 413
     code = "body_too_large"
+
+
+class PairsOnly(BadRequest):
+    """The route cannot be served by prefill/decode pairs, and there are no other instances."""
+
+    code = "not_for_pairs"
 
 
 class ModelNotFound(PenstockError):
@@ -105,6 +129,14 @@ class UpstreamTimeout(UpstreamError):
     retryable = False
 
 
+class Aborted(PenstockError):
+    """Somebody asked for the end of the request (`POST /v1/abort_requests`)."""
+
+    status = 499
+    kind = "aborted"
+    code = "request_aborted"
+
+
 class ClientTooSlow(PenstockError):
     """The client read so slowly that its share of memory was used up."""
 
@@ -116,8 +148,25 @@ class ClientTooSlow(PenstockError):
 # -- registration and the table ----------------------------------------------------------------------------
 
 
+class Fault(Enum):
+    """What is wrong with a registration, in the order in which it is looked at."""
+
+    MALFORMED = 1  # no JSON object, or a field of a wrong type
+    MISSING = 2
+    INVALID = 3
+    UNFIT = 4  # nothing is wrong with it, but it does not belong here
+
+
 class BadRegistration(BadRequest):
     """A field of a registration is missing or wrong; the message names it."""
+
+    def __init__(
+        self, message: str, *, param: str | None = None, fault: Fault = Fault.INVALID, detail: str = ""
+    ) -> None:
+        """`detail`: the same in FastDeploy's words."""
+        super().__init__(message, param=param)
+        self.fault = fault
+        self.detail = detail or message
 
 
 class MetadataTooLarge(BadRegistration):
@@ -130,6 +179,10 @@ class Unhealthy(PenstockError):
     status = 503
     kind = "service_unavailable"
     code = "not_healthy"
+
+    def __init__(self, message: str, *, url: str = "") -> None:
+        super().__init__(message)
+        self.url = url
 
 
 class TableFull(PenstockError):

@@ -13,7 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from broker.config import Config
 from broker.counters import TotalColumn
-from broker.errors import BadRequest, BodyTooLarge
+from broker.engines.pd import request_id
+from broker.errors import BadRequest, BodyTooLarge, PairsOnly
 from broker.splice import replace_member
 from broker.types import RouteRequest
 from frontend import body, headers
@@ -24,6 +25,10 @@ from frontend.upstream.base import Headers, Sink, UpstreamRequest
 _OPAQUE = (b"multipart/", b"audio/", b"image/", b"video/", b"application/octet-stream")
 """Bodies that are forwarded unread, as the audio routes take them; their model is not known."""
 _ALWAYS_JSON = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/embeddings"))
+
+
+PAIRED_PATHS = frozenset(("/v1/chat/completions", "/v1/completions"))
+"""What prefill/decode pairs can do."""
 
 
 class ClientGone(Exception):
@@ -38,6 +43,7 @@ class Inference:
         self.bound = config.upstream.stream_buffer_bytes
         """What one slow client may hold, in bytes."""
         self._aliases = config.models.aliases
+        self._pairs = config.server.splitwise
         self._forwarder = forwarder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,6 +68,7 @@ class Inference:
     def forward(self, path: str, target: str, found: Headers, data: bytes, ident: bytes, sink: Sink) -> Forward:
         """The request as it will go out, its answer to `sink`; not begun yet. `target` is path and query as the client
         wrote them. Raises `BadRequest`."""
+        name = self._paired(path, data) if self._pairs else ""
         session = _value(found, b"x-session-id").decode("latin-1") or None
         stream = False
         if path in _ALWAYS_JSON or not _value(found, b"content-type").lower().startswith(_OPAQUE):
@@ -74,8 +81,19 @@ class Inference:
             route = RouteRequest(model=model, session=read.session() or session, prompt=text, prompt_tokens=tokens)
         else:
             route = RouteRequest(session=session)
-        request = UpstreamRequest(path=target, headers=headers.for_engine(found, ident), body=data, stream=stream)
+        request = UpstreamRequest(
+            path=target, headers=headers.for_engine(found, ident), body=data, stream=stream, request_id=name
+        )
         return self._forwarder.forward(ident, route, request, sink)
+
+    def _paired(self, path: str, data: bytes) -> str:
+        """FastDeploy's name of a request for a pair. Raises `BadRequest` for what pairs cannot do."""
+        if path not in PAIRED_PATHS:
+            raise PairsOnly(
+                f"{path} is not served here: there are only prefill/decode pairs (server.splitwise), and they do "
+                f"{' and '.join(sorted(PAIRED_PATHS))}"
+            )
+        return request_id(data, refuse=True)
 
     def refuse(self, path: str, ident: bytes, error: BadRequest) -> None:
         """Counts a request of which nothing is forwarded, and writes its log line."""

@@ -32,6 +32,7 @@ from frontend.dispatch import Dispatcher, make_policies
 from frontend.errors import MethodNotAllowed, NotFound, Stopping
 from frontend.forward import Forwarder
 from frontend.metrics import Metrics
+from frontend.pair import Pairer
 from frontend.server import KEEP_ALIVE_S, Server, quiet_uvicorn
 from frontend.upstream.http import HttpUpstream
 from frontend.upstream.zmq import ZmqUpstream
@@ -82,7 +83,8 @@ async def serve(
         stack.callback(Watch(table, http, native, loop).close)
         breaker = Breaker(config.upstream.breaker_failures, config.upstream.breaker_secs)
         dispatcher = Dispatcher(table, counters, make_policies(config, index), breaker)
-        forwarder = Forwarder(config, dispatcher, counters, http, native, loop)
+        chooser = Pairer.over(table, dispatcher, loop) if config.server.splitwise else dispatcher
+        forwarder = Forwarder(config, chooser, counters, http, native, loop)
         admin = Admin(run_dir, config, table, control, Metrics(table, segment))
         inference = Inference(config, forwarder)
         drain_s = config.server.drain_secs

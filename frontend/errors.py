@@ -55,4 +55,5 @@ def headers(error: PenstockError) -> Headers:
     found = [(b"content-type", b"application/json")]
     if error.retry_after_s is not None:
         found.append((b"retry-after", str(error.retry_after_s).encode()))
+    found += error.headers
     return found

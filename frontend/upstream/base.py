@@ -53,6 +53,8 @@ class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool = False
     transfer: bytes = b""
     """The peer's transfer metadata in prefill/decode pairs, for native engines."""
+    request_id: str = ""
+    """With pairs: what FastDeploy's engines call the request, the client's own word or a new one."""
 
 
 class Sink(Protocol):
