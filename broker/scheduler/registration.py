@@ -16,7 +16,7 @@ import msgspec
 
 from broker import wire
 from broker.errors import UNDECODABLE, BadRegistration, MetadataTooLarge
-from broker.types import EngineKind, FastDeployFields, Instance, Role
+from broker.types import Connector, EngineKind, FastDeployFields, Instance, PairFields, Role
 
 Fields = Mapping[str, Any]
 
@@ -24,6 +24,7 @@ MOST_CAPACITY = 1 << 31
 MOST_MODELS = 256
 _FASTDEPLOY_FIELDS = frozenset(FastDeployFields.__struct_fields__)
 _HOST = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?")
+_ZMQ_ADDRESS = re.compile(r"[A-Za-z0-9.-]{1,253}:\d{1,5}")
 _ENDPOINT = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):(?P<port>\d{1,5})|ipc://[\x21-\x7e]{1,100}")
 
 
@@ -45,9 +46,18 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
         """It carries fields that only FastDeploy's engines send: decides when probing finds no mark."""
         return self.instance.fastdeploy is not None
 
-    def joined(self, engine: EngineKind, models: tuple[str, ...] = (), load_endpoint: str = "") -> Instance:
+    def joined(
+        self,
+        engine: EngineKind,
+        models: tuple[str, ...] = (),
+        load_endpoint: str = "",
+        engine_ids: tuple[str, ...] = (),
+    ) -> Instance:
         """The instance with what probing found; what was registered has precedence."""
         ours = self.instance
+        pair = ours.pair
+        if engine_ids:
+            pair = msgspec.structs.replace(pair or PairFields(), engine_ids=engine_ids)
         load_endpoint = ours.load_endpoint or load_endpoint
         polled = engine not in (EngineKind.OPENAI, EngineKind.NATIVE) and not load_endpoint
         return msgspec.structs.replace(
@@ -56,6 +66,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
             models=ours.models or models,
             load_endpoint=load_endpoint,
             metrics_url=ours.metrics_url if polled else "",
+            pair=pair,
         )
 
     def rejoined(self, known: Instance) -> Instance:
@@ -65,7 +76,8 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
         """
         if known.is_native:
             return known
-        return self.joined(self.engine or known.engine, known.models, known.load_endpoint)
+        engine_ids = known.pair.engine_ids if known.pair else ()
+        return self.joined(self.engine or known.engine, known.models, known.load_endpoint, engine_ids)
 
 
 def parse_body(body: bytes, splitwise: bool) -> Registration:
@@ -102,6 +114,7 @@ def parse(fields: object, splitwise: bool) -> Registration:
             load_endpoint=_load_endpoints(fields.get("load_endpoint")),
             transfer=_transfer(fields.get("transfer")),
             fastdeploy=_fastdeploy(fields, metrics_port, splitwise),
+            pair=_pair(fields),
         ),
     )
 
@@ -298,7 +311,33 @@ def _fastdeploy(fields: Fields, metrics_port: int, splitwise: bool) -> FastDeplo
         device_ids=_numerals(fields, "device_ids"),
         metrics_port=str(metrics_port),
         tp_size=_integer("tp_size", fields.get("tp_size"), 1 << 20),
+        version=_version(fields.get("version")),
     )
+
+
+def _version(value: object) -> str:
+    """Of the weights, in whatever form the engine has it; informative, so never a reason to refuse."""
+    return str(value)[:64] if isinstance(value, str | int) else ""
+
+
+def _pair(fields: Fields) -> PairFields | None:
+    """What makes a pair; None = nothing of it was said."""
+    connector = fields.get("connector") or None
+    if connector is not None:
+        if not isinstance(connector, str) or connector.lower() not in tuple(Connector):
+            raise bad("connector", f"must be one of {', '.join(Connector)}, not {_shown(connector)}")
+        connector = Connector(connector.lower())
+    address = fields.get("zmq_address") or ""
+    if not isinstance(address, str) or (address and not _ZMQ_ADDRESS.fullmatch(address)):
+        raise bad("zmq_address", f"must be like 10.0.0.1:21001, not {_shown(address)}")
+    if connector is Connector.P2P_NCCL and not address:
+        raise bad("zmq_address", "is required by the connector p2p_nccl")
+    found = PairFields(
+        connector=connector,
+        bootstrap_port=_port("bootstrap_port", fields.get("bootstrap_port")) or 0,
+        zmq_address=address,
+    )
+    return None if found == PairFields() else found
 
 
 def _peer_port(fields: Fields, field: str, splitwise: bool) -> str:
