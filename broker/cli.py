@@ -15,6 +15,7 @@ import click
 from broker import banner, check, config, supervisor
 from broker.config import Config
 from broker.errors import PenstockError
+from broker.faces import FACES, PENSTOCK, Face
 
 SIM_AUTO = 3
 """Simulated engines that `--sim auto` starts when no engine is configured."""
@@ -44,6 +45,7 @@ def config_options(command: F) -> F:
         ),
         click.option("--workers", type=click.IntRange(1, 1024), help="Frontend processes. [2]"),
         click.option("--shm-dir", help="Where shared memory is mapped. [/dev/shm]"),
+        click.option("--compat", type=click.Choice([*FACES]), default=PENSTOCK.name, help="How it speaks. [penstock]"),
     ]
     for option in reversed(options):
         command = option(command)
@@ -51,22 +53,33 @@ def config_options(command: F) -> F:
 
 
 def settle(
-    host: str | None,
-    port: int | None,
-    splitwise: bool | None,
-    config_path: str | None,
-    workers: int | None,
-    shm_dir: str | None,
-) -> Config:
+    face: Face,
+    *,
+    host: str | None = None,
+    port: object = None,
+    splitwise: bool | None = None,
+    config_path: str | None = None,
+    workers: int | None = None,
+    shm_dir: str | None = None,
+) -> tuple[Config, list[str]]:
+    """The settings in force, and a sentence for each thing in the file that the face passes over."""
+    doubts: list[str] = []
+
+    def prepare(tree: config.Tree) -> config.Tree:
+        meant, found = face.settings(tree)
+        doubts.extend(found)
+        return meant
+
     flags: dict[tuple[str, str], object] = {
+        ("server", "compat"): face.name,
         ("server", "host"): host,
-        ("server", "port"): port,
+        ("server", "port"): port or None,
         # The flag can only switch on, as in the original.
         ("server", "splitwise"): splitwise or None,
         ("server", "workers"): workers,
         ("shm", "dir"): shm_dir,
     }
-    return config.load(config_path, os.environ, flags)
+    return config.load(config_path, os.environ, flags, prepare=prepare, needs_port=face.needs_port), doubts
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -86,19 +99,20 @@ def cli() -> None:
 )
 def serve(sim: int | str, **flags: Any) -> None:
     """Run the router until SIGTERM or Ctrl-C; SIGHUP swaps the frontends one by one."""
-    settings = settle(**flags)
+    face = FACES[flags.pop("compat")]
+    settings, doubts = settle(face, **flags)
     if sim == "auto":
         sim = 0 if settings.manager.register_path else SIM_AUTO
-    sys.exit(supervisor.serve(settings, int(sim)))
+    sys.exit(supervisor.serve(settings, int(sim), doubts))
 
 
 @cli.command("check")
 @config_options
 def check_settings(**flags: Any) -> None:
     """Check settings and register.yaml and print the settings in force, without starting anything."""
-    settings = settle(**flags)
+    settings, doubts = settle(FACES[flags.pop("compat")], **flags)
     click.echo(config.dump(settings).decode())
-    found = check.fatal(settings) + check.doubtful(settings)
+    found = check.fatal(settings) + doubts + check.doubtful(settings)
     for problem in found:
         click.echo(f"penstock: {problem}", err=True)
     sys.exit(1 if found else 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -17,7 +17,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from broker.errors import ConfigError
+from broker.errors import ConfigError, ConfigMalformed, ConfigUnreadable, PortMissing
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -43,6 +43,8 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 class Server(Section, frozen=True, forbid_unknown_fields=True):
+    compat: Literal["penstock", "fd-router"] = "penstock"
+    """The face it shows (`broker.faces`); set by `--compat`."""
     host: str = "0.0.0.0"
     port: Port = 30000
     name: str = ""
@@ -92,8 +94,8 @@ class Manager(Section, frozen=True, forbid_unknown_fields=True):
     """Period of `/metrics` polling for engines that publish nothing."""
     stale_after_secs: Positive = 5.0
     """A load report older than this is treated as unknown."""
-    expire_after_secs: Positive = 600.0
-    """An instance that stays unhealthy this long is forgotten."""
+    expire_after_secs: NotNegative = 600.0
+    """An instance that stays unhealthy this long is forgotten; 0 = at once."""
 
 
 class Log(Section, frozen=True, forbid_unknown_fields=True):
@@ -165,19 +167,29 @@ class Config(Section, frozen=True, forbid_unknown_fields=True):
 Tree = dict[str, Any]
 
 
-def load(path: str | Path | None, env: Mapping[str, str], flags: Mapping[tuple[str, str], object]) -> Config:
+def load(
+    path: str | Path | None,
+    env: Mapping[str, str],
+    flags: Mapping[tuple[str, str], object],
+    *,
+    prepare: Callable[[Tree], Tree] = lambda tree: tree,
+    needs_port: bool = False,
+) -> Config:
     """The settings in force. `flags` maps (section, key) to a value; None = not given.
 
+    `prepare` turns what the file holds into what it means; `needs_port`: there is no default for it.
     Raises `ConfigError` with a sentence that names file and key.
     """
-    tree = _read(Path(path)) if path else {}
-    for section, key in _known():
+    tree = prepare(_read(Path(path)) if path else {})
+    for section, key in known():
         text = env.get(f"PENSTOCK_{section}_{key}".upper().replace("-", "_"))
         if text is not None:
             _section(tree, section)[key] = yaml.safe_load(text)
     for (section, key), value in flags.items():
         if value is not None:
             _section(tree, section)[key] = value
+    if needs_port and _section(tree, "server").get("port") is None:
+        raise PortMissing("no port was given")
     return build(tree, source=str(path) if path else "settings")
 
 
@@ -191,7 +203,7 @@ def build(tree: Tree, source: str = "settings") -> Config:
     try:
         return msgspec.convert(kept, Config)
     except msgspec.ValidationError as e:
-        raise ConfigError(f"{source}: {_explained(str(e))}") from e
+        raise ConfigMalformed(f"{source}: {_explained(str(e))}") from e
 
 
 def dump(config: Config) -> bytes:
@@ -207,13 +219,13 @@ def _read(path: Path) -> Tree:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise ConfigError(f"cannot read the config file {path}: {e.strerror}") from e
+        raise ConfigUnreadable(f"cannot read the config file {path}: {e.strerror}") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is not valid YAML: {e}") from e
+        raise ConfigMalformed(f"{path} is not valid YAML: {e}") from e
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: the top level must be a mapping of sections")
+        raise ConfigMalformed(f"{path}: the top level must be a mapping of sections")
     return cast("Tree", tree)
 
 
@@ -226,7 +238,8 @@ def _section(tree: Tree, name: str) -> Tree:
     return section
 
 
-def _known() -> list[tuple[str, str]]:
+def known() -> list[tuple[str, str]]:
+    """Every (section, key)."""
     return [
         (section.encode_name, key.encode_name)
         for section in msgspec.structs.fields(Config)
@@ -235,8 +248,8 @@ def _known() -> list[tuple[str, str]]:
 
 
 def _refuse_unknown(tree: Tree, source: str) -> None:
-    known = _known()
-    sections = sorted({section for section, _ in known})
+    every = known()
+    sections = sorted({section for section, _ in every})
     for section, keys in tree.items():
         if section not in sections:
             raise ConfigError(f"{source}: unknown section {section!r}{_nearest(str(section), sections)}")
@@ -244,7 +257,7 @@ def _refuse_unknown(tree: Tree, source: str) -> None:
             continue
         if not isinstance(keys, dict):
             raise ConfigError(f"{source}: section {section!r} must be a mapping")
-        names = [key for s, key in known if s == section]
+        names = [key for s, key in every if s == section]
         for key in keys:
             if key not in names:
                 raise ConfigError(f"{source}: unknown key '{section}.{key}'{_nearest(str(key), names)}")

@@ -1,7 +1,7 @@
 """Logging of all processes: one line format, standard output or one file, and its rotation.
 
-Every process appends to `logs/penstock.log` itself (O_APPEND keeps lines whole). The supervisor alone renames
-the file at midnight; the others notice by its inode (`WatchedFileHandler`) and open the new one.
+Every process appends to the face's file (`logs/penstock.log`) itself (O_APPEND keeps lines whole). The supervisor alone
+renames it at midnight; the others notice by its inode (`WatchedFileHandler`) and open the new one.
 """
 
 from __future__ import annotations
@@ -13,26 +13,25 @@ import sys
 from pathlib import Path
 
 from broker.config import Log
+from broker.faces import PENSTOCK, Face
 
-FILE = Path("logs/penstock.log")
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 
 
-def setup(log: Log, process: str) -> None:
+def setup(log: Log, process: str, face: Face = PENSTOCK) -> None:
     """Sends this process's log where the settings say. `process` names it in every line, e.g. `frontend-0`."""
     handlers: list[logging.Handler]
     if log.output == "file":
-        FILE.parent.mkdir(exist_ok=True)
-        handlers = [logging.handlers.WatchedFileHandler(FILE, encoding="utf-8")]
+        face.log_file.parent.mkdir(exist_ok=True)
+        handlers = [logging.handlers.WatchedFileHandler(face.log_file, encoding="utf-8")]
     else:
         errors = logging.StreamHandler(sys.stderr)
         errors.setLevel(logging.ERROR)
         rest = logging.StreamHandler(sys.stdout)
         rest.addFilter(lambda record: record.levelno < logging.ERROR)
         handlers = [errors, rest]
-    line = logging.Formatter(f"%(asctime)s %(levelname)s {process} %(name)s: %(message)s")
     for handler in handlers:
-        handler.setFormatter(line)
+        handler.setFormatter(face.formatter(process))
     logging.basicConfig(level=LEVELS[log.level], handlers=handlers, force=True)
     logging.captureWarnings(True)
     # One line a request is ours to write; these would add their own for every poll of every engine.
@@ -43,7 +42,7 @@ def setup(log: Log, process: str) -> None:
 class Rotation:
     """Renames the log at midnight and removes archives by age, then by total size. Owned by the supervisor."""
 
-    def __init__(self, log: Log, now: datetime.datetime, file: Path = FILE) -> None:
+    def __init__(self, log: Log, now: datetime.datetime, file: Path) -> None:
         self._log = log
         self._file = file
         self._day = now.date()

@@ -29,6 +29,8 @@ from broker.child import Child
 from broker.config import Config
 from broker.counters import Roster, create_counters
 from broker.errors import PenstockError
+from broker.faces import Event, face_of
+from broker.journal import Journal
 from broker.table import create_table
 from shm.rundir import RunDirectory, RunDirectoryError, remove_stale
 from shm.segment import SegmentError
@@ -51,6 +53,7 @@ class Supervisor:
 
     def __init__(self, settings: Config, simulated: int = 0) -> None:
         self._config = settings
+        self._face = face_of(settings)
         self._simulated = simulated
         self._signals: list[int] = []
         self._selector = selectors.DefaultSelector()
@@ -88,8 +91,10 @@ class Supervisor:
                 return
         for number in range(self._simulated):
             self._start(self._engine(number))
-        banner.show(self._config, self._run_dir.path, self._simulated)
-        rotation = log.Rotation(self._config.log, datetime.datetime.now())
+        if self._face.shows_banner:
+            banner.show(self._config, self._run_dir.path, self._simulated)
+        Journal(self._face, "supervisor").tell(Event.SERVING, port=self._config.server.port)
+        rotation = log.Rotation(self._config.log, datetime.datetime.now(), self._face.log_file)
         while not self._stopping:
             self._turn()
             rotation.turn(datetime.datetime.now())
@@ -323,9 +328,16 @@ def make_segments(path: Path, settings: Config) -> Roster:
     return Roster(counters)
 
 
-def serve(settings: Config, simulated: int = 0) -> int:
-    """Runs Penstock in this process until it is told to stop. Raises `StartError`."""
-    log.setup(settings.log, "supervisor")
+def serve(settings: Config, simulated: int = 0, doubts: Sequence[str] = ()) -> int:
+    """Runs Penstock in this process until it is told to stop. `doubts` about its settings go to the log.
+
+    Raises `StartError`.
+    """
+    face = face_of(settings)
+    log.setup(settings.log, "supervisor", face)
+    journal = Journal(face, "supervisor")
+    for doubt in doubts:
+        journal.tell(Event.CONFIG_DOUBT, problem=doubt)
     if reasons := check.fatal(settings):
         raise StartError("; ".join(reasons))
     return Supervisor(settings, simulated).run()

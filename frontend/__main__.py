@@ -10,6 +10,7 @@ from pathlib import Path
 import uvloop
 
 from broker import config, log
+from broker.faces import face_of
 from frontend.app import serve
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     # Ctrl-C goes to the whole process group; the supervisor alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = config.parse((given.run_dir / "config.json").read_bytes())
-    log.setup(settings.log, f"frontend-{given.index}")
+    log.setup(settings.log, f"frontend-{given.index}", face_of(settings))
     tame_collector()
     uvloop.run(serve(given.run_dir, settings, given.index, given.life, given.listen_fd, given.ready_fd, given.alive_fd))
 

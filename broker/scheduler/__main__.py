@@ -16,6 +16,7 @@ import uvloop
 
 from broker import config, log
 from broker.errors import PenstockError
+from broker.faces import face_of
 from broker.scheduler.process import Scheduler
 from broker.table import TableWriter
 from shm.segment import SegmentError
@@ -32,7 +33,7 @@ def main() -> int:
     # The terminal's Ctrl-C reaches the whole process group; the supervisor coordinates.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = config.parse((args.run_dir / "config.json").read_bytes())
-    log.setup(settings.log, "scheduler")
+    log.setup(settings.log, "scheduler", face_of(settings))
     # A few descriptors per instance; the usual soft limit of 1,024 is meant for programs that use select().
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))

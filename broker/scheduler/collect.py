@@ -72,7 +72,8 @@ class Collector:
                     return await self._join_native(registration.instance)
                 return await self._join(registration)
         except TimeoutError as e:
-            raise Unhealthy(f"{registration.instance.url} is not healthy: no answers within {within_s:g} s") from e
+            url = registration.instance.url
+            raise Unhealthy(f"{url} is not healthy: no answers within {within_s:g} s", url=url) from e
 
     async def _join(self, registration: Registration) -> Instance:
         url = registration.instance.url
@@ -105,7 +106,7 @@ class Collector:
     def _unhealthy(self, url: str, answer: Answer | None) -> Unhealthy:
         asked = url + self._manager.health_check_endpoint
         said = "does not answer" if answer is None else "does not answer 200 every time"
-        return Unhealthy(f"{url} is not healthy: {asked} {said}")
+        return Unhealthy(f"{url} is not healthy: {asked} {said}", url=url)
 
     async def is_healthy(self, instance: Instance) -> bool:
         """One health check: status 200, exactly."""
@@ -133,7 +134,7 @@ class Collector:
     async def _join_native(self, instance: Instance) -> Instance:
         incarnation = await self.incarnation(instance)
         if incarnation is None:
-            raise Unhealthy(f"{instance.url} is not healthy: no native engine answers there")
+            raise Unhealthy(f"{instance.url} is not healthy: no native engine answers there", url=instance.url)
         return msgspec.structs.replace(instance, incarnation=incarnation)
 
     async def _ask(self, url: str, path: str) -> dict[str, bytes]:

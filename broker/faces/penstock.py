@@ -1,0 +1,95 @@
+"""Our own face: OpenAI's errors, strict settings, one log line per request."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+
+from broker.errors import PenstockError
+from broker.faces.base import Estimate, Event, Face, Line, Said
+
+JSON = "application/json"
+BYTES_PER_TOKEN = 4
+"""The estimate for text; token-id lists are counted exactly."""
+
+
+def estimate(texts: list[str], ids: int) -> Estimate:
+    text = texts[0] if len(texts) == 1 else "\n".join(texts)
+    size = sum(map(_utf8_bytes, texts))
+    return Estimate(text, ids - (-size // BYTES_PER_TOKEN))
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def error(failure: PenstockError) -> Said:
+    """OpenAI's form."""
+    return Said(failure.status, JSON, msgspec.json.encode({"error": _fields(failure)}))
+
+
+def refused(failure: PenstockError) -> Said:
+    """FastDeploy's form, `code` and `msg`, and OpenAI's in one body."""
+    fields = {"code": failure.status, "msg": failure.message, "error": _fields(failure)}
+    return Said(failure.status, JSON, msgspec.json.encode(fields))
+
+
+def no_route(method: str, path: str, methods: frozenset[str]) -> tuple[Said, str]:
+    return error(NotFound(f"there is nothing at {path}")), ""
+
+
+class NotFound(PenstockError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "not_found"
+
+
+def _fields(failure: PenstockError) -> dict[str, str | None]:
+    return {"message": failure.message, "type": failure.kind, "param": failure.param, "code": failure.code}
+
+
+def formatter(process: str) -> logging.Formatter:
+    return logging.Formatter(f"%(asctime)s %(levelname)s {process} %(name)s: %(message)s")
+
+
+PENSTOCK = Face(
+    name="penstock",
+    settings=lambda tree: (tree, []),
+    needs_port=False,
+    shows_banner=True,
+    start_failure=lambda failure: f"penstock: {failure.message}",
+    kind_unasked=None,
+    takes_comma_lists=True,
+    probes_at_once=False,
+    probes_members=False,
+    registered=Said(200, JSON, b'{"code":200,"msg":"Register success"}'),
+    refused=refused,
+    checks_body=True,
+    estimate=estimate,
+    retried_statuses=frozenset((502, 503)),
+    names_requests=True,
+    counts_unanswered=True,
+    error=error,
+    json_kind=JSON,
+    routes=None,
+    answers_head=True,
+    no_route=no_route,
+    log_file=Path("logs/penstock.log"),
+    formatter=formatter,
+    lines={
+        Event.ENDED: Line(
+            logging.INFO,
+            "id=%(id)s path=%(path)s model=%(model)s instance=%(instance)s policy=%(policy)s attempts=%(attempts)d "
+            "status=%(status)d ttft_ms=%(first_byte_ms)s duration_ms=%(duration_ms).1f bytes=%(bytes)d "
+            "tokens=%(tokens)s outcome=%(outcome)s",
+        ),
+        Event.REJECTED: Line(logging.INFO, "id=%(id)s path=%(path)s status=%(status)d outcome=rejected"),
+        Event.REGISTERED: Line(logging.INFO, "registered %(url)s: %(engine)s %(role)s %(models)s"),
+        Event.LISTED_NOT_REGISTERED: Line(logging.ERROR, "%(url)s of %(path)s is not registered yet: %(error)s"),
+        Event.LISTED_UNUSABLE: Line(logging.ERROR, "%(problem)s"),
+        Event.HEALTH_CHANGED: Line(logging.WARNING, "%(url)s is %(state)s"),
+        Event.REMOVED: Line(logging.WARNING, "%(url)s is forgotten"),
+    },
+)
