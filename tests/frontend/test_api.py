@@ -1,11 +1,15 @@
-"""The inference routes over ASGI: what is forwarded, what is refused, what the client sees, and when it leaves."""
+"""The inference routes: what is forwarded, what is refused, what the client sees, and when it leaves.
+
+Each rule holds on both ways that a request may go: around ASGI, and over it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import pathlib
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,23 +18,48 @@ from broker.counters import CounterColumn, TotalColumn
 from broker.errors import UpstreamBroken
 from frontend.answer import PAUSE_AT
 from frontend.api import Inference
-from tests.frontend.asgi import Exchange, ask
+from tests.frontend import asgi
 from tests.frontend.fakes import Frontend
+from tests.frontend.wire import PATHS, Exchange, Path, Wire, ask
 
 A, B = "http://10.0.0.1:80", "http://10.0.0.2:80"
+CHAT_PATH = "/v1/chat/completions"
 CHAT = b'{"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}'
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
 @pytest.fixture
-def frontend(tmp_path: Path) -> Iterator[Frontend]:
+def frontend(tmp_path: pathlib.Path) -> Iterator[Frontend]:
     with Frontend(tmp_path, A, B, models=Models(aliases={"gpt": "tiny"}), server=Server(max_body_bytes=4096)) as it:
         yield it
 
 
+class Site:
+    """A frontend that is reached the one way or the other. Within a running loop."""
+
+    def __init__(self, frontend: Frontend, path: Path) -> None:
+        self.inference = Inference(frontend.config, frontend.forwarder)
+        self.frontend = frontend
+        self.path = path
+
+    def __call__(self) -> Wire:
+        """A new connection."""
+        return Wire(self.frontend, self.path, self.inference)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.param
+    return found
+
+
 @pytest.fixture
-def app(frontend: Frontend) -> Inference:
-    return Inference(frontend.config, frontend.forwarder)
+def site(frontend: Frontend, path: Path) -> Site:
+    return Site(frontend, path)
+
+
+async def asked(site: Site, path: str, *parts: bytes, **fields: Any) -> Exchange:
+    return await ask(site(), path, *parts, **fields)
 
 
 def idle(frontend: Frontend) -> bool:
@@ -40,11 +69,11 @@ def idle(frontend: Frontend) -> bool:
 # -- what is forwarded -----------------------------------------------------------------------------------------
 
 
-def test_the_body_is_forwarded_byte_for_byte(frontend: Frontend, app: Inference) -> None:
+def test_the_body_is_forwarded_byte_for_byte(frontend: Frontend, site: Site) -> None:
     odd = b'{ "n" : 123456789012345678901234567890, "model":"tiny",\n"x":1.0e0, "unknown": [ ] }'
 
     async def run() -> Exchange:
-        async with Exchange(app, "/v1/chat/completions", odd[:10], odd[10:], query=b"beta=1") as exchange:
+        async with Exchange(site(), "/v1/chat/completions", odd[:10], odd[10:], query=b"beta=1") as exchange:
             call = frontend.http.last
             assert (call.request.body, call.request.path) == (odd, "/v1/chat/completions?beta=1")
             call.answer(b'{"ok":', b"true}", headers=[(b"content-length", b"11")])
@@ -56,16 +85,16 @@ def test_the_body_is_forwarded_byte_for_byte(frontend: Frontend, app: Inference)
     assert idle(frontend)
 
 
-def test_an_alias_changes_the_models_name_and_nothing_else(frontend: Frontend, app: Inference) -> None:
+def test_an_alias_changes_the_models_name_and_nothing_else(frontend: Frontend, site: Site) -> None:
     async def run() -> None:
-        async with Exchange(app, "/v1/completions", b'{ "prompt":"a" , "model" : "gpt", "n":1e0}'):
+        async with Exchange(site(), "/v1/completions", b'{ "prompt":"a" , "model" : "gpt", "n":1e0}'):
             assert frontend.http.last.request.body == b'{ "prompt":"a" , "model" : "tiny", "n":1e0}'
             frontend.http.last.answer(b"{}")
 
     asyncio.run(run())
 
 
-def test_headers_of_the_connection_stay_behind(frontend: Frontend, app: Inference) -> None:
+def test_headers_of_the_connection_stay_behind(frontend: Frontend, site: Site) -> None:
     sent = [
         (b"host", b"router"),
         (b"connection", b"keep-alive, X-Mine"),
@@ -73,7 +102,6 @@ def test_headers_of_the_connection_stay_behind(frontend: Frontend, app: Inferenc
         (b"keep-alive", b"5"),
         (b"te", b"trailers"),
         (b"transfer-encoding", b"chunked"),
-        (b"content-length", b"68"),
         (b"expect", b"100-continue"),
         (b"authorization", b"Bearer key"),
         (b"x-request-id", b"mine-1"),
@@ -82,7 +110,7 @@ def test_headers_of_the_connection_stay_behind(frontend: Frontend, app: Inferenc
     ]
 
     async def run() -> Exchange:
-        async with Exchange(app, "/v1/chat/completions", CHAT, headers=sent) as exchange:
+        async with Exchange(site(), "/v1/chat/completions", CHAT, headers=sent) as exchange:
             assert frontend.http.last.request.headers == [
                 (b"authorization", b"Bearer key"),
                 (b"x-twice", b"a"),
@@ -93,13 +121,17 @@ def test_headers_of_the_connection_stay_behind(frontend: Frontend, app: Inferenc
             frontend.http.last.answer(b"{}", headers=answer)
         return exchange
 
-    assert asyncio.run(run()).sent[0]["headers"] == [(b"x-kept", b"1"), (b"x-request-id", b"mine-1")]
+    assert asyncio.run(run()).answers.pairs == [
+        (b"x-kept", b"1"),
+        (b"x-request-id", b"mine-1"),
+        (b"transfer-encoding", b"chunked"),
+    ]
 
 
 @pytest.mark.parametrize("theirs", [b"", b"a b", b"x" * 300, b'"><script>', b"a\tb"])
-def test_a_request_id_that_could_do_harm_is_replaced(frontend: Frontend, app: Inference, theirs: bytes) -> None:
+def test_a_request_id_that_could_do_harm_is_replaced(frontend: Frontend, site: Site, theirs: bytes) -> None:
     async def run() -> Exchange:
-        async with Exchange(app, "/v1/chat/completions", CHAT, headers=[(b"x-request-id", theirs)]) as exchange:
+        async with Exchange(site(), "/v1/chat/completions", CHAT, headers=[(b"x-request-id", theirs)]) as exchange:
             frontend.http.last.answer(b"{}")
         return exchange
 
@@ -108,21 +140,21 @@ def test_a_request_id_that_could_do_harm_is_replaced(frontend: Frontend, app: In
     assert frontend.http.last.request.headers == [(b"x-request-id", made.encode())]
 
 
-def test_multipart_is_forwarded_unread(frontend: Frontend, app: Inference) -> None:
+def test_multipart_is_forwarded_unread(frontend: Frontend, site: Site) -> None:
     body = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nother\r\n--b--'
 
     async def run() -> None:
         kind = [(b"content-type", b"multipart/form-data; boundary=b")]
-        async with Exchange(app, "/v1/audio/transcriptions", body, headers=kind):
+        async with Exchange(site(), "/v1/audio/transcriptions", body, headers=kind):
             assert frontend.http.last.request.body == body
             frontend.http.last.answer(b"{}")
 
     asyncio.run(run())
 
 
-def test_prompt_tokens_are_counted_while_the_request_runs(frontend: Frontend, app: Inference) -> None:
+def test_prompt_tokens_are_counted_while_the_request_runs(frontend: Frontend, site: Site) -> None:
     async def run() -> None:
-        async with Exchange(app, "/v1/completions", b'{"prompt": [1, 2, 3, 4, 5]}'):
+        async with Exchange(site(), "/v1/completions", b'{"prompt": [1, 2, 3, 4, 5]}'):
             slot = frontend.slots[frontend.http.last.instance.url]
             assert frontend.run.reader.counters.in_flight(slot) == (1, 5)
             frontend.http.last.answer(b"{}")
@@ -159,10 +191,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("body", "param"), BAD)
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank"])
-def test_a_bad_body_is_refused_in_the_apis_form(tmp_path: Path, body: bytes, param: str | None, path: str) -> None:
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank"])
+def test_a_bad_body_is_refused_in_the_apis_form(
+    tmp_path: pathlib.Path, path: Path, body: bytes, param: str | None, route: str
+) -> None:
     with Frontend(tmp_path, A) as frontend:
-        exchange = asyncio.run(ask(Inference(frontend.config, frontend.forwarder), path, body))
+        exchange = asyncio.run(asked(Site(frontend, path), route, body))
         assert exchange.status == 400
         error = exchange.json()["error"]
         assert (error["type"], error["param"]) == ("invalid_request_error", param)
@@ -189,34 +223,46 @@ def test_a_bad_body_is_refused_in_the_apis_form(tmp_path: Path, body: bytes, par
         b'{"session_id": {"a": 1}}',
     ],
 )
-def test_what_only_an_engine_can_judge_is_forwarded(frontend: Frontend, app: Inference, body: bytes) -> None:
+def test_what_only_an_engine_can_judge_is_forwarded(frontend: Frontend, site: Site, body: bytes) -> None:
     async def run() -> None:
-        async with Exchange(app, "/v1/chat/completions", body):
+        async with Exchange(site(), "/v1/chat/completions", body):
             assert frontend.http.last.request.body == body
             frontend.http.last.answer(b"{}")
 
     asyncio.run(run())
 
 
-def test_a_body_that_says_it_is_too_large_is_not_even_read(frontend: Frontend, app: Inference) -> None:
-    exchange = asyncio.run(ask(app, "/v1/chat/completions", CHAT, headers=[(b"content-length", b"4097")]))
-    assert exchange.status == 413
-    assert exchange.json()["error"]["code"] == "body_too_large"
-    assert exchange.received == 0
+def test_a_body_that_says_it_is_too_large_is_not_even_read(frontend: Frontend, site: Site) -> None:
+    async def run() -> Exchange:
+        async with Exchange(site(), headers=[(b"content-length", b"4097")]) as exchange:
+            assert exchange.status == 413
+        return exchange
+
+    assert asyncio.run(run()).json()["error"]["code"] == "body_too_large"
+    assert frontend.total(TotalColumn.REJECTED) == 1
 
 
-def test_a_body_that_grows_too_large_is_refused_while_it_is_read(frontend: Frontend, app: Inference) -> None:
-    exchange = asyncio.run(ask(app, "/v1/chat/completions", *[b"x" * 1024] * 8))
-    assert exchange.status == 413
-    assert exchange.received == 5
+def test_a_body_that_grows_too_large_is_refused_while_it_is_read(frontend: Frontend, site: Site) -> None:
+    async def run() -> Exchange:
+        chunked = [(b"transfer-encoding", b"chunked")]
+        async with Exchange(site(), "/v1/rerank", *[b"x" * 1024] * 4, headers=chunked, whole=False) as exchange:
+            assert exchange.answers.status == 0
+            await exchange.part(b"x")
+            assert exchange.status == 413
+            await exchange.part(b"x")
+            exchange.wire.feed(b"0\r\n\r\n")
+            assert not exchange.wire.transport.is_closing()
+        return exchange
+
+    asyncio.run(run())
     assert frontend.http.calls == []
 
 
-def test_a_body_of_exactly_the_limit_is_taken(frontend: Frontend, app: Inference) -> None:
+def test_a_body_of_exactly_the_limit_is_taken(frontend: Frontend, site: Site) -> None:
     body = b'{"prompt": "%s"}' % (b"x" * (4096 - 14))
 
     async def run() -> Exchange:
-        async with Exchange(app, "/v1/completions", body, headers=[(b"content-length", b"4096")]) as exchange:
+        async with Exchange(site(), "/v1/completions", body, headers=[(b"content-length", b"4096")]) as exchange:
             frontend.http.last.answer(b"{}")
         return exchange
 
@@ -224,15 +270,15 @@ def test_a_body_of_exactly_the_limit_is_taken(frontend: Frontend, app: Inference
     assert asyncio.run(run()).status == 200
 
 
-def test_no_instance_is_a_503_that_says_when_to_come_again(tmp_path: Path) -> None:
+def test_no_instance_is_a_503_that_says_when_to_come_again(tmp_path: pathlib.Path, path: Path) -> None:
     with Frontend(tmp_path) as frontend:
-        exchange = asyncio.run(ask(Inference(frontend.config, frontend.forwarder), "/v1/chat/completions", CHAT))
+        exchange = asyncio.run(asked(Site(frontend, path), "/v1/chat/completions", CHAT))
         assert (exchange.status, exchange.headers["retry-after"]) == (503, "1")
         assert exchange.json()["error"]["code"] == "no_instance"
 
 
-def test_an_unknown_model_is_a_404_as_openai_says_it(app: Inference) -> None:
-    exchange = asyncio.run(ask(app, "/v1/chat/completions", b'{"model": "other"}'))
+def test_an_unknown_model_is_a_404_as_openai_says_it(site: Site) -> None:
+    exchange = asyncio.run(asked(site, "/v1/chat/completions", b'{"model": "other"}'))
     assert exchange.status == 404
     error = exchange.json()["error"]
     assert (error["code"], error["param"], error["type"]) == ("model_not_found", "model", "invalid_request_error")
@@ -241,25 +287,26 @@ def test_an_unknown_model_is_a_404_as_openai_says_it(app: Inference) -> None:
 # -- streams ---------------------------------------------------------------------------------------------------
 
 
-def test_chunks_that_arrive_together_go_out_together_and_others_at_once(frontend: Frontend, app: Inference) -> None:
+def test_chunks_that_arrive_together_go_out_together_and_others_at_once(frontend: Frontend, site: Site) -> None:
     async def run() -> Exchange:
-        async with Exchange(app, "/v1/chat/completions", CHAT) as exchange:
+        async with Exchange(site(), "/v1/chat/completions", CHAT) as exchange:
             sink = frontend.http.last.sink
             sink.start(200, SSE)
             sink.write(b"data: 1\n\n")
             sink.write(b"data: 2\n\n")
             await exchange.turns()
-            assert [m["body"] for m in exchange.sent[1:]] == [b"data: 1\n\ndata: 2\n\n"]
+            assert exchange.pieces == [b"data: 1\n\ndata: 2\n\n"]
+            assert len(exchange.wire.transport.pieces) == 1, "the head goes with them"
             sink.write(b"data: 3\n\n")
             await exchange.turns()
-            assert len(exchange.sent) == 3
+            assert exchange.pieces[1:] == [b"data: 3\n\n"]
             sink.write(b"data: [DONE]\n\n")
             sink.finish()
         return exchange
 
     exchange = asyncio.run(run())
     assert exchange.body == b"data: 1\n\ndata: 2\n\ndata: 3\n\ndata: [DONE]\n\n"
-    assert len(exchange.sent) == 4
+    assert len(exchange.wire.transport.pieces) == 3, "the end goes with the last ones"
     assert exchange.complete
 
 
@@ -267,10 +314,10 @@ def test_chunks_that_arrive_together_go_out_together_and_others_at_once(frontend
     ("written", "cut"), [(b"data: 1\n\n", b""), (b"data: 1\r\n\r\n", b""), (b'data: {"a', b"\n\n")]
 )
 def test_a_stream_that_breaks_ends_with_an_error_event(
-    frontend: Frontend, app: Inference, written: bytes, cut: bytes
+    frontend: Frontend, site: Site, written: bytes, cut: bytes
 ) -> None:
     async def run() -> Exchange:
-        async with Exchange(app, "/v1/chat/completions", CHAT) as exchange:
+        async with Exchange(site(), "/v1/chat/completions", CHAT) as exchange:
             sink = frontend.http.last.sink
             sink.start(200, SSE)
             sink.write(written)
@@ -298,10 +345,10 @@ def test_a_stream_that_breaks_ends_with_an_error_event(
     ],
 )
 def test_another_answer_that_breaks_is_cut_off_so_that_it_cannot_look_whole(
-    frontend: Frontend, app: Inference, headers: list[tuple[bytes, bytes]]
+    frontend: Frontend, site: Site, headers: list[tuple[bytes, bytes]]
 ) -> None:
     async def run() -> Exchange:
-        async with Exchange(app, "/v1/chat/completions", CHAT) as exchange:
+        async with Exchange(site(), "/v1/chat/completions", CHAT) as exchange:
             sink = frontend.http.last.sink
             sink.start(200, headers)
             sink.write(b'{"half":')
@@ -311,44 +358,47 @@ def test_another_answer_that_breaks_is_cut_off_so_that_it_cannot_look_whole(
     exchange = asyncio.run(run())
     assert exchange.body == b'{"half":'
     assert not exchange.complete
+    assert exchange.wire.transport.lost
 
 
 # -- leaving ---------------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_leaves_before_the_first_byte_is_seen_at_once(frontend: Frontend, app: Inference) -> None:
+def test_a_client_that_leaves_before_the_first_byte_is_seen_at_once(frontend: Frontend, site: Site) -> None:
     async def run() -> Exchange:
-        async with Exchange(app, "/v1/chat/completions", CHAT) as exchange:
+        async with Exchange(site(), "/v1/chat/completions", CHAT) as exchange:
             assert sum(frontend.in_flight) == 1
             exchange.leave()
             await exchange.turns()
             assert frontend.http.last.cancelled
-            assert exchange.done
+            assert exchange.wire.transport.lost
+            assert not exchange.wire.state.tasks
         return exchange
 
-    assert asyncio.run(run()).sent == []
+    assert asyncio.run(run()).wire.out == b""
     assert idle(frontend)
     assert frontend.counted(CounterColumn.GONE) == 1
 
 
-def test_a_client_that_leaves_in_the_middle_of_a_stream_is_seen_at_once(frontend: Frontend, app: Inference) -> None:
+def test_a_client_that_leaves_in_the_middle_of_a_stream_is_seen_at_once(frontend: Frontend, site: Site) -> None:
     async def run() -> None:
-        async with Exchange(app, "/v1/chat/completions", CHAT) as exchange:
+        async with Exchange(site(), "/v1/chat/completions", CHAT) as exchange:
             frontend.http.last.sink.start(200, SSE)
             frontend.http.last.sink.write(b"data: 1\n\n")
             await exchange.turns()
             exchange.leave()
             await exchange.turns()
             assert frontend.http.last.cancelled
-            assert exchange.done
+            assert exchange.wire.transport.lost
+            assert not exchange.wire.state.tasks
 
     asyncio.run(run())
     assert idle(frontend)
 
 
-def test_a_client_that_leaves_before_its_body_is_whole_leaves_nothing(frontend: Frontend, app: Inference) -> None:
+def test_a_client_that_leaves_before_its_body_is_whole_leaves_nothing(frontend: Frontend, site: Site) -> None:
     async def run() -> None:
-        async with Exchange(app, "/v1/chat/completions", b'{"model":', whole=False) as exchange:
+        async with Exchange(site(), "/v1/chat/completions", b'{"model":', whole=False) as exchange:
             exchange.leave()
 
     asyncio.run(run())
@@ -357,11 +407,9 @@ def test_a_client_that_leaves_before_its_body_is_whole_leaves_nothing(frontend: 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_request_that_the_server_gives_up_releases_what_it_held(
-    frontend: Frontend, app: Inference, streaming: bool
-) -> None:
+def test_a_request_that_the_server_gives_up_releases_what_it_held(frontend: Frontend, streaming: bool) -> None:
     async def run() -> None:
-        async with Exchange(app, "/v1/chat/completions", CHAT) as exchange:
+        async with asgi.Exchange(Inference(frontend.config, frontend.forwarder), CHAT_PATH, CHAT) as exchange:
             if streaming:
                 frontend.http.last.sink.start(200, SSE)
                 frontend.http.last.sink.write(b"data: 1\n\n")
@@ -377,40 +425,46 @@ def test_a_request_that_the_server_gives_up_releases_what_it_held(
 # -- back-pressure ---------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_does_not_keep_up_pauses_its_instance_until_it_does(frontend: Frontend, app: Inference) -> None:
+def test_a_client_that_does_not_keep_up_pauses_its_instance_until_it_does(frontend: Frontend, site: Site) -> None:
     async def run() -> Exchange:
-        async with Exchange(app, "/v1/chat/completions", CHAT) as exchange:
+        async with Exchange(site(), CHAT_PATH, CHAT) as exchange:
             call = frontend.http.last
             call.sink.start(200, SSE)
             call.sink.write(b"first")
             await exchange.turns()
-            exchange.writable.clear()
-            call.sink.write(b"stuck")
-            await exchange.turns()
-            call.sink.write(b"x" * PAUSE_AT)
-            assert not call.paused
-            call.sink.write(b"y")
+            exchange.wire.transport.stick()
+            written = 0
+            while not call.paused and written < 4 * PAUSE_AT:
+                call.sink.write(b"x" * 1024)
+                written += 1024
+                await exchange.turns()
             assert call.paused
-            exchange.writable.set()
+            assert written <= 2 * PAUSE_AT + 2048  # in the transport, and in what waits for it
+            exchange.wire.transport.flow()
             await exchange.turns()
             assert not call.paused
             call.sink.finish()
+            await exchange.turns()
+            assert exchange.body == b"first" + b"x" * written
         return exchange
 
-    assert asyncio.run(run()).body == b"firststuck" + b"x" * PAUSE_AT + b"y"
+    assert asyncio.run(run()).complete
 
 
-def test_a_client_that_leaves_while_it_is_slow_is_seen(frontend: Frontend, app: Inference) -> None:
+@pytest.mark.parametrize("how", ["end", "reset"])
+def test_a_client_that_leaves_while_it_is_slow_is_seen(frontend: Frontend, site: Site, how: str) -> None:
     async def run() -> None:
-        async with Exchange(app, "/v1/chat/completions", CHAT) as exchange:
+        async with Exchange(site(), CHAT_PATH, CHAT) as exchange:
             frontend.http.last.sink.start(200, SSE)
-            exchange.writable.clear()
-            frontend.http.last.sink.write(b"x" * (PAUSE_AT + 1))
-            await exchange.turns()
-            exchange.leave()
+            exchange.wire.transport.stick()
+            for _ in range(3):
+                frontend.http.last.sink.write(b"x" * (PAUSE_AT + 1))
+                await exchange.turns()
+            assert exchange.wire.transport.reads
+            getattr(exchange.wire.transport, how)()
             await exchange.turns()
             assert frontend.http.last.cancelled
             assert idle(frontend)
-            exchange.writable.set()  # as the server does for a connection that is gone
+            assert exchange.wire.transport.lost
 
     asyncio.run(run())
