@@ -2,8 +2,9 @@
 
 Continuous batching with a FIFO queue. A step takes 12 ms, 0.15 ms for each decoding request, and its prompt chunk of at
 most 2,048 tokens at 10,000 tokens/s; prompts are computed one after the other. Requests that run at once are limited,
-and so is the KV cache: blocks of 256 tokens, found again by the chain of all blocks before them, the least recently used
-dropped first, prompt and whole output reserved when the prompt's turn comes. The last prompt token is always computed.
+and so is the KV cache: blocks of 256 tokens, found again by the chain of all blocks before them, the least recently
+used dropped first, prompt and whole output reserved when the prompt's turn comes. The last prompt token is always
+computed.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.routing.engine import Change, Engine, Job
 from broker.policies.base import Policy
+from broker.policies.prefix_cost import PrefixCost
 from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, prefix_layout
 from broker.types import RouteRequest, Trust
 from broker.wire import RoutingNotices
@@ -26,6 +27,7 @@ NOTICES_S = 0.02
 
 Vector = NDArray[np.int64]
 Maker = Callable[[Random, PrefixIndex], Policy]
+"""Makes one frontend's policy."""
 
 
 class Counters:
@@ -69,7 +71,7 @@ class Router:
         while notices_ := self._indexes[k].batch():
             self._on_the_way.append((now + NOTICES_S, k, notices_))
         job.engine = slot
-        job.charged = policy.tokens(request) if hasattr(policy, "tokens") else job.prompt
+        job.charged = policy.tokens(request) if isinstance(policy, PrefixCost) else job.prompt
         self.view.in_flight[slot] += 1
         self.view.tokens[slot] += job.charged
         return slot

@@ -18,7 +18,7 @@ class SglangCacheAware:
     """sglang-router's cache_aware with its defaults.
 
     Fewest requests when they differ by more than 64 and by more than a factor of 1.5; else the instance that has seen
-    the longest beginning of the prompt if that is more than 0.3 of it; else fewest requests. Every choice is remembered.
+    the longest beginning of the prompt if that is more than 0.3 of it; else fewest requests. It remembers every choice.
     """
 
     def __init__(self, rng: Random) -> None:

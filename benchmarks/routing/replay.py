@@ -1,10 +1,10 @@
 """Replays a trace of block names by arrival order: hits and balance, without a timing model of the engines.
 
-The trace has one JSON object a line: `timestamp` (ms), `input_length`, `output_length` (tokens), `hash_ids` (names of the
-512-token blocks, equal names meaning equal beginnings), as Mooncake published theirs. Every instance keeps an LRU cache
-of blocks; the index is told of what is sent and never of what is dropped. What the policies see as in flight: a prompt
-leaves after the time it takes to compute its uncached tokens at 10,000 tokens/s behind what its instance still has, a
-request 25 ms later for each token of its output.
+The trace has one JSON object a line: `timestamp` (ms), `input_length`, `output_length` (tokens), `hash_ids` (names of
+the 512-token blocks, equal names meaning equal beginnings), as Mooncake published theirs. Every instance keeps an LRU
+cache of blocks; the index is told of what is sent and never of what is dropped. What the policies see as in flight: a
+prompt leaves after the time it takes to compute its uncached tokens at 10,000 tokens/s behind what its instance still
+has, a request 25 ms later for each token of its output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.routing.fleet import Router
 BLOCK = 512
 KV_TOKENS = 1_020_000
 OUTPUT_TOKEN_S = 0.025
-_CHARS = 8
+CHARS = 8
 """Characters of a block's text: its name in hex."""
 
 
@@ -39,7 +39,7 @@ def load(path: Path) -> list[Job]:
     with path.open() as lines:
         for line in lines:
             row = json.loads(line)
-            text = "".join(f"{name:0{_CHARS}x}" for name in row["hash_ids"])
+            text = "".join(f"{name:0{CHARS}x}" for name in row["hash_ids"])
             jobs.append(
                 Job(row["timestamp"] / 1000, row["input_length"], row["output_length"], tuple(row["hash_ids"]), text)
             )
@@ -47,7 +47,7 @@ def load(path: Path) -> list[Job]:
 
 
 def replay(jobs: list[Job], instances: int, router: Router) -> Replayed:
-    """`router` was made with blocks of `_CHARS` characters: one for each of the trace's."""
+    """`router` was made with blocks of `CHARS` characters: one for each of the trace's."""
     caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(instances)]
     free_at = np.zeros(instances)
     work = np.zeros(instances)

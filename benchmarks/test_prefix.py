@@ -1,0 +1,145 @@
+"""The prefix index: what the scheduler can enter, what a look-up and a whole decision cost.
+
+The reference of a decision is the hash of its blocks by itself, timed in the same run: one call per block of a hash of
+the standard library's speed class (BLAKE2b with 8 bytes; `xxhash` is no dependency), and the product's own hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from broker.policies.base import Vector
+from broker.policies.prefix_cost import PrefixCost
+from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, namespace, prefix_layout, text_keys
+from broker.types import RouteRequest, Trust
+from shm.hashtable import TableWriter
+from shm.segment import Segment
+
+BATCH = 256
+PROMPT_CHARS = 32 * 1024
+BLOCK = 64
+
+
+class Loads:
+    """Counters of `n` instances, as numpy vectors: the policy's own cost, without the view's."""
+
+    def __init__(self, n: int) -> None:
+        rng = np.random.default_rng(1)
+        self.slots: Vector = np.arange(n, dtype=np.int64)
+        self.in_flight: Vector = rng.integers(0, 15, n)
+        self.tokens: Vector = rng.integers(0, 20_000, n)
+        self.waiting: Vector = np.zeros(n, dtype=np.int64)
+        self.trust: Vector = np.full(n, int(Trust.EXACT), dtype=np.int64)
+        self.load: Vector = self.in_flight
+
+
+def text(rng: Random, chars: int) -> str:
+    return rng.randbytes(chars // 2).hex()
+
+
+def best_us(call: Callable[[], object], rounds: int = 300) -> float:
+    shortest = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        shortest = min(shortest, time.perf_counter() - start)
+    return shortest * 1e6
+
+
+@pytest.mark.parametrize("kind", ["new", "known"])
+def test_insert(benchmark: BenchmarkFixture, tmp_path: Path, kind: str) -> None:
+    """Blocks/s of the scheduler's half, in batches of 256, with the default capacity: full, so that new ones evict."""
+    writer = TableWriter(Segment.create(tmp_path / PREFIX, prefix_layout(1024, 1)))
+    rng = np.random.default_rng(1)
+    tick = 0
+
+    def batches() -> tuple[tuple[list[Vector]], dict[str, object]]:
+        keys = rng.integers(1, 2**62, size=(1024, BATCH), dtype=np.int64)
+        return (list(keys),), {}
+
+    def insert(keys: list[Vector]) -> None:
+        nonlocal tick
+        for batch in keys:
+            tick += 1
+            writer.add(batch, tick & 7, tick)
+
+    for _ in range(6):
+        (first,), _named = batches()
+        insert(first)
+    if kind == "new":
+        benchmark.pedantic(insert, setup=batches, rounds=8)
+    else:
+        benchmark.pedantic(insert, args=(first,), rounds=8)
+    benchmark.extra_info["blocks_per_s"] = round(1024 * BATCH / benchmark.stats.stats.min)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[PrefixIndex, str]]:
+    """By number of instances: an index with 2,000 other prompts, and a prompt of 32 KiB of which 3/4 are known."""
+    made = {}
+    for n in (8, 64, 1024):
+        path = tmp_path_factory.mktemp(f"instances{n}")
+        segment = Segment.create(path / PREFIX, prefix_layout(n, 1))
+        writer = PrefixWriter(segment, dict.fromkeys(range(n), 1))
+        index = PrefixIndex(segment, 0, block=BLOCK)
+        rng = Random(1)
+        head = text(rng, PROMPT_CHARS)
+        prompts = [text(rng, 4096) for _ in range(2000)]
+        prompts += [head[: PROMPT_CHARS // 8 * k] + text(rng, 1024) for k in range(1, 7) for _ in range(3)]
+        for i, prompt in enumerate(prompts):
+            index.note(index.match(RouteRequest(prompt=prompt)), i % n)
+            while notices := index.batch():
+                writer.apply(0, notices)
+        made[n] = index, head
+    return made
+
+
+@pytest.mark.parametrize("n", [8, 64, 1024])
+def test_decision(benchmark: BenchmarkFixture, filled: dict[int, tuple[PrefixIndex, str]], n: int) -> None:
+    """A prompt of 32 KiB in 512 blocks through `prefix_cost`, from text to slot, its notice included."""
+    index, prompt = filled[n]
+    policy, view = PrefixCost(Random(1), index), Loads(n)
+
+    def decide() -> int:
+        index._outbox.clear()
+        index._outbox_keys = 0
+        index._pending.clear()
+        return policy.pick(RouteRequest(prompt=prompt, prompt_tokens=8192), view)
+
+    benchmark(decide)
+    start = namespace("", BLOCK, "text")
+    data = prompt.encode()
+    pieces = [data[at : at + BLOCK] for at in range(0, len(data), BLOCK)]
+    one_by_one = best_us(lambda: [hashlib.blake2b(piece, digest_size=8).digest() for piece in pieces])
+    own = best_us(lambda: text_keys(prompt, BLOCK, start))
+    decision = best_us(decide)
+    benchmark.extra_info.update(
+        decision_us=round(decision, 1),
+        block_by_block_us=round(one_by_one, 1),
+        own_hash_us=round(own, 1),
+        times_block_by_block=round(decision / one_by_one, 2),
+        times_own_hash=round(decision / own, 2),
+    )
+
+
+def test_decision_grows_little_with_the_fleet(filled: dict[int, tuple[PrefixIndex, str]]) -> None:
+    """1,024 instances cost at most twice what 8 do, whatever the machine."""
+    times = {}
+    for n in (8, 1024):
+        index, prompt = filled[n]
+        policy, view = PrefixCost(Random(1), index), Loads(n)
+
+        def decide(policy: PrefixCost = policy, view: Loads = view, prompt: str = prompt) -> int:
+            return policy.pick(RouteRequest(prompt=prompt, prompt_tokens=8192), view)
+
+        times[n] = best_us(decide)
+        index._pending.clear()
+    assert times[1024] <= 2 * times[8], times
