@@ -71,17 +71,13 @@ def synth(rng: Random, rate: float) -> list[Job]:
             documents.append(texts.fresh(round(length)))
             left.append(1 + int(rng.expovariate(1 / 4.8)))
         which = int(rng.random() ** 1.3 * len(documents))
-        jobs.append(
-            texts.job(at, str(document[0]) + texts.fresh(round(rng.lognormvariate(log(300), 0.9))), _short(rng))
-        )
-        document[1] = int(document[1]) - 1
-        if document[1] <= 0:
-            del open_[which]
+        question = texts.fresh(round(rng.lognormvariate(log(300), 0.9)))
+        answer = min(2000, round(rng.lognormvariate(log(70), 1.2)))
+        jobs.append(texts.job(at, documents[which] + question, answer))
+        left[which] -= 1
+        if not left[which]:
+            del documents[which], left[which]
     return jobs
-
-
-def _short(rng: Random) -> int:
-    return min(2000, round(rng.lognormvariate(log(70), 1.2)))
 
 
 def conv(rng: Random, rate: float) -> list[Job]:
@@ -118,7 +114,7 @@ def shared(rng: Random, rate: float) -> list[Job]:
 
 
 def heavy(rng: Random, rate: float) -> list[Job]:
-    """Nothing shared: 512 fresh tokens in, log-normal outputs (mean 300, sigma 1.5, at most 4,000), 16 slots an engine."""
+    """Nothing shared: 512 tokens in, log-normal outputs (mean 300, sigma 1.5, at most 4,000), 16 slots an engine."""
     texts = _Texts(rng)
     mean = log(300) - 1.5**2 / 2
     return [
