@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from broker import wire
-from broker.errors import UNDECODABLE, BadRegistration, MetadataTooLarge
+from broker.errors import UNDECODABLE, BadRegistration, Fault, MetadataTooLarge
+from broker.faces import go
+from broker.scheduler.fieldtypes import check_types, shown
 from broker.types import Connector, EngineKind, FastDeployFields, Instance, PairFields, Role
 
 Fields = Mapping[str, Any]
 
 MOST_CAPACITY = 1 << 31
 MOST_MODELS = 256
-_FASTDEPLOY_FIELDS = frozenset(FastDeployFields.__struct_fields__)
+_FASTDEPLOY_FIELDS = frozenset(FastDeployFields.__struct_fields__) - {"version"}  # a word that others use, too
 _HOST = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?")
 _ZMQ_ADDRESS = re.compile(r"[A-Za-z0-9.-]{1,253}:\d{1,5}")
 _ENDPOINT = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):(?P<port>\d{1,5})|ipc://[\x21-\x7e]{1,100}")
@@ -80,27 +82,37 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
         return self.joined(self.engine or known.engine, known.models, known.load_endpoint, engine_ids)
 
 
-def parse_body(body: bytes, splitwise: bool) -> Registration:
+def parse_body(body: bytes, splitwise: bool, *, comma_lists: bool = True) -> Registration:
     """The JSON body of `POST /register`."""
     try:
-        raw = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        raw = msgspec.json.decode(body, type=dict[str, msgspec.Raw] | None) or {}
         fields = {key: value if key == "transfer" else msgspec.json.decode(value) for key, value in raw.items()}
     except UNDECODABLE as e:
-        raise BadRegistration(f"the body must be a JSON object: {e}") from e
-    return parse(fields, splitwise)
+        detail = go.complaint(body, "common.InstanceInfo")
+        raise BadRegistration(f"the body must be a JSON object: {e}", fault=Fault.MALFORMED, detail=detail) from e
+    return parse(fields, splitwise, comma_lists=comma_lists)
 
 
-def parse(fields: object, splitwise: bool) -> Registration:
-    """Decoded fields. `transfer` may be a `msgspec.Raw`, which keeps the object byte for byte."""
+def parse(fields: object, splitwise: bool, *, comma_lists: bool = True) -> Registration:
+    """Decoded fields. `transfer` may be a `msgspec.Raw`, which keeps the object byte for byte.
+
+    `comma_lists`: FastDeploy's lists may be strings of words between commas, too. What is wrong is looked for in the
+    original's order: the types of all its fields, their values, whether the role belongs here; then ours.
+    """
     if not isinstance(fields, Mapping):
         raise BadRegistration("a registration must be a mapping of fields")
-    role = _role(fields, splitwise)
+    check_types(fields, comma_lists=comma_lists)
+    role = _role(fields)
     engine = _engine(fields)
     scheme, host = _host(fields, native=engine is EngineKind.NATIVE)
     port = _port("port", fields.get("port"))
     if port is None:
-        raise bad("port", "is required")
+        raise _no_port(fields)
+    fastdeploy = _fastdeploy(fields, splitwise)
     metrics_port = _port("metrics_port", fields.get("metrics_port")) or port
+    if fastdeploy is not None:
+        fastdeploy = msgspec.structs.replace(fastdeploy, metrics_port=str(metrics_port))
+    _role_fits(role, splitwise)
     metrics_scheme = "http" if scheme == "tcp" else scheme
     return Registration(
         engine=engine,
@@ -113,7 +125,7 @@ def parse(fields: object, splitwise: bool) -> Registration:
             metrics_url=f"{metrics_scheme}://{host}:{metrics_port}/metrics",
             load_endpoint=_load_endpoints(fields.get("load_endpoint")),
             transfer=_transfer(fields.get("transfer")),
-            fastdeploy=_fastdeploy(fields, metrics_port, splitwise),
+            fastdeploy=fastdeploy,
             pair=_pair(fields),
         ),
     )
@@ -137,8 +149,19 @@ def from_hello(hello: wire.EngineHello, splitwise: bool) -> Instance:
     )
 
 
-def bad(field: str, reason: str) -> BadRegistration:
-    return BadRegistration(f"{field} {reason}", param=field)
+def bad(field: str, reason: str, *, detail: str = "") -> BadRegistration:
+    """`detail`: the same in the original's words."""
+    return BadRegistration(f"{field} {reason}", param=field, detail=detail)
+
+
+def _missing(field: str) -> BadRegistration:
+    return BadRegistration(f"{field} is required", param=field, fault=Fault.MISSING)
+
+
+def _no_port(fields: Fields) -> BadRegistration:
+    if fields.get("port", "") is None:  # to the original null is 0
+        return bad("port", "is required", detail="invalid port: 0")
+    return _missing("port")
 
 
 def _too_large(size: int) -> MetadataTooLarge:
@@ -147,29 +170,33 @@ def _too_large(size: int) -> MetadataTooLarge:
     )
 
 
-def _role(fields: Fields, splitwise: bool) -> Role:
-    if "role" not in fields:
-        raise bad("role", "is required")
-    value = fields["role"]
+def _role(fields: Fields) -> Role:
+    value = fields.get("role", "")
+    if value == "":
+        raise _missing("role")
     if value is None:
-        value = Role.MIXED
-    if isinstance(value, str) and value.upper() in Role.__members__:
-        role = Role[value.upper()]
-    elif type(value) in (int, Role) and value in tuple(Role):
-        role = Role(value)
-    else:
-        raise bad("role", f"must be mixed, prefill or decode (or 0, 1, 2), not {_shown(value)}")
-    _role_fits(role, splitwise)
-    return role
+        return Role.MIXED
+    if not isinstance(value, str):
+        return Role(value)
+    if value.upper() in Role.__members__:
+        return Role[value.upper()]
+    raise bad(
+        "role", f"must be mixed, prefill or decode (or 0, 1, 2), not {shown(value)}", detail=f"invalid role: {value}"
+    )
 
 
 def _role_fits(role: Role, splitwise: bool) -> None:
-    if splitwise and role is Role.MIXED:
-        raise bad("role", "mixed does not fit: with server.splitwise only prefill and decode instances may register")
-    if not splitwise and role is not Role.MIXED:
-        raise bad(
-            "role", f"{role.name.lower()} does not fit: without server.splitwise only mixed instances may register"
-        )
+    if splitwise is (role is not Role.MIXED):
+        return
+    mode, wanted = ("with", "prefill and decode") if splitwise else ("without", "mixed")
+    raise BadRegistration(
+        f"role {role.name.lower()} does not fit: {mode} server.splitwise only {wanted} instances may register",
+        param="role",
+        fault=Fault.UNFIT,
+        detail="splitwise mode only supports PREFILL/DECODE instances"
+        if splitwise
+        else "only MIXED instances are allowed",
+    )
 
 
 def _engine(fields: Fields) -> EngineKind | None:
@@ -178,45 +205,44 @@ def _engine(fields: Fields) -> EngineKind | None:
         return None
     if isinstance(value, str) and value.lower() in tuple(EngineKind):
         return EngineKind(value.lower())
-    raise bad("engine", f"must be one of {', '.join(EngineKind)}, not {_shown(value)}")
+    raise bad("engine", f"must be one of {', '.join(EngineKind)}, not {shown(value)}")
 
 
 def _host(fields: Fields, native: bool) -> tuple[str, str]:
     """Scheme and host in the form they have within a URL: lower case, IPv6 in brackets."""
     value = fields.get("host_ip")
     if value is None or value == "":
-        raise bad("host_ip", "is required")
-    wanted = "must be an IPv4 or IPv6 address or a host name"
-    if not isinstance(value, str):
-        raise bad("host_ip", f"{wanted}, not {_shown(value)}")
+        raise _missing("host_ip")
+    wanted, detail = "must be an IPv4 or IPv6 address or a host name", f"invalid host_ip: {value}"
     scheme, separator, host = value.strip().lower().partition("://")
     if not separator:
         scheme, host = ("tcp" if native else "http"), scheme
     if scheme not in (("tcp",) if native else ("http", "https")):
-        raise bad("host_ip", f"has an unknown scheme: {_shown(value)}")
+        raise bad("host_ip", f"has an unknown scheme: {shown(value)}", detail=detail)
     host = host.removesuffix("/")
     try:
         if ":" in host:
             address = ipaddress.IPv6Address(host.removeprefix("[").removesuffix("]"))
             if address.scope_id is not None:
-                raise bad("host_ip", "must not have a scope id")
+                raise bad("host_ip", "must not have a scope id", detail=detail)
             return scheme, f"[{address.compressed}]"
         if host.rsplit(".", 1)[-1].isdigit():  # as browsers have it: what ends in a number is an IPv4 address
             return scheme, str(ipaddress.IPv4Address(host))
     except ipaddress.AddressValueError as e:
-        raise bad("host_ip", f"{wanted}, not {_shown(value)}: {e}") from e
+        raise bad("host_ip", f"{wanted}, not {shown(value)}: {e}", detail=detail) from e
     if len(host) > 253 or not _HOST.fullmatch(host):
-        raise bad("host_ip", f"{wanted}, not {_shown(value)}")
+        raise bad("host_ip", f"{wanted}, not {shown(value)}", detail=detail)
     return scheme, host
 
 
-def _port(field: str, value: object, *, lowest: int = 1) -> int | None:
+def _port(field: str, value: object, *, lowest: int = 1, detail: str = "invalid {field}: {value}") -> int | None:
     """None = not sent: missing, null or empty."""
     if value is None or value == "":
         return None
     number = _whole(value)
     if number is None or not lowest <= number <= 65535:
-        raise bad(field, f"must be a port from {lowest} to 65535, not {_shown(value)}")
+        said = detail.format(field=field, value=value)
+        raise bad(field, f"must be a port from {lowest} to 65535, not {shown(value)}", detail=said)
     return number
 
 
@@ -234,7 +260,7 @@ def _integer(field: str, value: object, most: int) -> int:
     if value is None:
         return 0
     if type(value) is not int or not 0 <= value <= most:
-        raise bad(field, f"must be an integer from 0 to {most}, not {_shown(value)}")
+        raise bad(field, f"must be an integer from 0 to {most}, not {shown(value)}")
     return value
 
 
@@ -244,7 +270,7 @@ def _models(value: object) -> tuple[str, ...]:
         raise bad("models", f"may list {MOST_MODELS} names, not {len(names)}")
     for name in names:
         if not isinstance(name, str):
-            raise bad("models", f"must be a list of names or a comma-separated string; {_shown(name)} is no name")
+            raise bad("models", f"must be a list of names or a comma-separated string; {shown(name)} is no name")
     return tuple(dict.fromkeys(names))
 
 
@@ -256,7 +282,7 @@ def _words(field: str, value: object) -> list[Any] | None:
         return [word.strip() for word in value.split(",") if word.strip()]
     if isinstance(value, list | tuple):
         return list(value)
-    raise bad(field, f"must be a list or a comma-separated string, not {_shown(value)}")
+    raise bad(field, f"must be a list or a comma-separated string, not {shown(value)}")
 
 
 def _load_endpoints(value: object) -> str:
@@ -268,7 +294,7 @@ def _endpoint(field: str, value: object) -> str:
     """A ZMQ endpoint that others can connect to."""
     match = _ENDPOINT.fullmatch(value) if isinstance(value, str) else None
     if not match or (match["port"] and not 1 <= int(match["port"]) <= 65535):
-        raise bad(field, f"must be tcp://host:port or ipc://path, not {_shown(value)}")
+        raise bad(field, f"must be tcp://host:port or ipc://path, not {shown(value)}")
     if match["host"] in ("0.0.0.0", "[::]"):
         raise bad(field, f"must be an address to connect to, not the wildcard {match['host']}")
     return match[0]
@@ -286,30 +312,33 @@ def _transfer(value: object) -> bytes:
     if data in (b"", b"null"):
         return b""
     if not data.startswith(b"{"):
-        raise bad("transfer", f"must be a JSON object, not {_shown(value)}")
+        raise bad("transfer", f"must be a JSON object, not {shown(value)}")
     if len(data) > wire.MAX_TRANSFER_BYTES:
         raise _too_large(len(data))
     return data
 
 
-def _fastdeploy(fields: Fields, metrics_port: int, splitwise: bool) -> FastDeployFields | None:
+def _fastdeploy(fields: Fields, splitwise: bool) -> FastDeployFields | None:
+    """Without `metrics_port`, which has its place in the order of what is looked at."""
     if _FASTDEPLOY_FIELDS.isdisjoint(fields):
         return None
+    connector_port = _peer_port(fields, "connector_port", splitwise)
+    engine_worker_queue_port = _peer_port(fields, "engine_worker_queue_port", splitwise)
     protocols = _words("transfer_protocol", fields.get("transfer_protocol"))
     for protocol in protocols or ():
         if protocol not in ("ipc", "rdma"):
-            raise bad("transfer_protocol", f"must list ipc, rdma or both, not {_shown(protocol)}")
+            wanted = f"must list ipc, rdma or both, not {shown(protocol)}"
+            raise bad("transfer_protocol", wanted, detail=f"invalid protocol: {protocol}")
     rdma_ports = _numerals(fields, "rdma_ports")
     if splitwise:
-        for rdma_port in rdma_ports or ():
-            _port("rdma_ports", rdma_port)
+        for index, rdma_port in enumerate(rdma_ports or ()):
+            _port("rdma_ports", rdma_port, detail=f"rdma_ports[{index}] invalid port: {{value}}")
     return FastDeployFields(
-        connector_port=_peer_port(fields, "connector_port", splitwise),
-        engine_worker_queue_port=_peer_port(fields, "engine_worker_queue_port", splitwise),
+        connector_port=connector_port,
+        engine_worker_queue_port=engine_worker_queue_port,
         transfer_protocol=protocols,
         rdma_ports=rdma_ports,
         device_ids=_numerals(fields, "device_ids"),
-        metrics_port=str(metrics_port),
         tp_size=_integer("tp_size", fields.get("tp_size"), 1 << 20),
         version=_version(fields.get("version")),
     )
@@ -325,11 +354,11 @@ def _pair(fields: Fields) -> PairFields | None:
     connector = fields.get("connector") or None
     if connector is not None:
         if not isinstance(connector, str) or connector.lower() not in tuple(Connector):
-            raise bad("connector", f"must be one of {', '.join(Connector)}, not {_shown(connector)}")
+            raise bad("connector", f"must be one of {', '.join(Connector)}, not {shown(connector)}")
         connector = Connector(connector.lower())
     address = fields.get("zmq_address") or ""
     if not isinstance(address, str) or (address and not _ZMQ_ADDRESS.fullmatch(address)):
-        raise bad("zmq_address", f"must be like 10.0.0.1:21001, not {_shown(address)}")
+        raise bad("zmq_address", f"must be like 10.0.0.1:21001, not {shown(address)}")
     if connector is Connector.P2P_NCCL and not address:
         raise bad("zmq_address", "is required by the connector p2p_nccl")
     found = PairFields(
@@ -350,29 +379,11 @@ def _peer_port(fields: Fields, field: str, splitwise: bool) -> str:
     if splitwise:
         number = _port(field, value, lowest=0)
         return "" if number is None else str(number)
-    if type(value) is int or isinstance(value, str):
-        return str(value)[:64]
-    raise bad(field, f"must be an integer or a string, not {_shown(value)}")
+    return str(value)[:64]
 
 
 def _numerals(fields: Fields, field: str) -> list[str] | None:
     """A list of numbers in any spelling, as strings; null gives [], as the original has it."""
     if field not in fields:
         return None
-    return list(_as_strings(field, _words(field, fields[field]) or []))
-
-
-def _as_strings(field: str, values: Iterable[object]) -> Iterable[str]:
-    for index, value in enumerate(values):
-        if type(value) is float and value.is_integer():
-            yield str(int(value))
-        elif type(value) is int or isinstance(value, str):
-            yield str(value)
-        else:
-            raise bad(field, f"element {index} must be an integer or a string, not {_shown(value)}")
-
-
-def _shown(value: object) -> str:
-    """A value as an error message may show it: short, on one line."""
-    text = repr(bytes(value) if isinstance(value, msgspec.Raw) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return [str(int(value) if type(value) is float else value) for value in _words(field, fields[field]) or []]
