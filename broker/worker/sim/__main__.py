@@ -49,8 +49,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", action="append", default=[], help="a model it serves (repeatable); none = any")
     p.add_argument("--role", choices=("mixed", "prefill", "decode"), default="mixed")
     p.add_argument("--dialect", choices=DIALECTS, default="vllm")
+    p.add_argument("--connector", choices=("nixl", "mooncake", "p2p_nccl"), default="", help="vllm: how pairs meet")
     p.add_argument("--capacity", type=int, default=128, help="requests that run at once")
-    p.add_argument("--transfer", default="", help="zmq: transfer metadata, as hex")
+    p.add_argument("--transfer", default="", help="zmq: transfer metadata, as hex; default: its own")
     p.add_argument("--speed", type=float, default=1.0, help="how many times faster than real time")
     p.add_argument("--prefill-tokens-per-s", type=float, default=10_000.0)
     p.add_argument("--decode-step-ms", type=float, default=12.0)
@@ -113,9 +114,7 @@ def _simulated(options: argparse.Namespace) -> SimulatedEngine:
 async def _serve_http(options: argparse.Namespace, sim: SimulatedEngine) -> None:
     listener = _listen(options.host, options.port)
     port = listener.getsockname()[1]
-    me = pd.Identity(
-        name=sim.name, host=options.host, port=port, role=options.role, dialect=options.dialect, rdma_ports=(str(port),)
-    )
+    me = _identity(options, sim, port)
     stop = _stop_event(options.alive_fd)
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(sim.run())]
@@ -136,7 +135,14 @@ async def _serve_http(options: argparse.Namespace, sim: SimulatedEngine) -> None
 
 async def _serve_zmq(options: argparse.Namespace, sim: SimulatedEngine, transfer: bytes) -> None:
     stop = _stop_event(options.alive_fd)
-    runner = NativeRunner(sim, options.role)
+    listener: socket.socket | None = None
+    if options.admin_port is not None or options.role != "mixed":
+        listener = _listen(options.host, options.admin_port or 0)
+    me = _identity(options, sim, listener.getsockname()[1] if listener else 0)
+    handover = pd.Handover()
+    runner = NativeRunner(sim, me, handover)
+    if me.role != "mixed" and not transfer:
+        transfer = pd.metadata(me)
     engine = Engine(
         runner,
         router=options.router,
@@ -153,10 +159,10 @@ async def _serve_zmq(options: argparse.Namespace, sim: SimulatedEngine, transfer
         running = tasks.create_task(sim.run())
         admin = ""
         server: Server | None = None
-        if options.admin_port is not None:
-            listener = _listen(options.host, options.admin_port)
-            admin = f"http://{options.host}:{listener.getsockname()[1]}"
-            server = Server(Starlette(routes=list(http.admin_routes(sim, options.dialect))), DRAIN_S)
+        if listener is not None:
+            admin = f"http://{options.host}:{me.port}"
+            routes = [*http.admin_routes(sim, options.dialect), http.transfer_route(handover)]
+            server = Server(Starlette(routes=routes), DRAIN_S)
             tasks.create_task(server.serve([listener]))
             await server.listening.wait()
         engine.start()
@@ -166,6 +172,18 @@ async def _serve_zmq(options: argparse.Namespace, sim: SimulatedEngine, transfer
         running.cancel()
         if server is not None:
             server.should_exit = True
+
+
+def _identity(options: argparse.Namespace, sim: SimulatedEngine, port: int) -> pd.Identity:
+    return pd.Identity(
+        name=sim.name,
+        host=options.host,
+        port=port,
+        role=options.role,
+        dialect=options.dialect,
+        connector=options.connector or pd.CONNECTORS[options.dialect],
+        rdma_ports=(str(port),),
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from broker.worker.request import EngineError, Request
 from broker.worker.sim import metrics, pd
 from broker.worker.sim.engine import CREATED, KINDS, Job, SimulatedEngine
+from broker.worker.sim.handover import engine_id
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,25 @@ def app(sim: SimulatedEngine, me: Callable[[], pd.Identity]) -> Starlette:
         data = [{"id": m, "object": "model", "created": CREATED, "owned_by": "sim"} for m in sim.models]
         return _json({"object": "list", "data": data})
 
+    async def engine_ids(_: HttpRequest) -> Response:
+        worker = {"0": {"0": f"{me().host}:{me().port}"}}
+        return _json({"0": {"engine_id": engine_id(sim.name), "worker_addr": worker}})
+
+    generate = Generation(sim, me, handover)
+    return Starlette(
+        routes=[
+            *admin_routes(sim, me().dialect),
+            Route("/v1/models", models),
+            transfer_route(handover),
+            *([Route("/query", engine_ids)] if me().connector == "mooncake" else []),
+            *(Route(path, generate, methods=["POST"]) for path in KINDS),
+        ]
+    )
+
+
+def transfer_route(handover: pd.Handover) -> Route:
+    """Where decode instances fetch what this one has computed."""
+
     async def transfer(request: HttpRequest) -> Response:
         try:
             wait_s = min(float(request.query_params.get("wait_s", pd.WAIT_S)), pd.WAIT_S)
@@ -76,15 +96,7 @@ def app(sim: SimulatedEngine, me: Callable[[], pd.Identity]) -> Starlette:
             return Response(status_code=404)
         return _json({"name": proof.name, "proof": proof.proof})
 
-    generate = Generation(sim, me, handover)
-    return Starlette(
-        routes=[
-            *admin_routes(sim, me().dialect),
-            Route("/v1/models", models),
-            Route("/sim/transfer/{key}", transfer),
-            *(Route(path, generate, methods=["POST"]) for path in KINDS),
-        ]
-    )
+    return Route("/sim/transfer/{key}", transfer)
 
 
 class Generation:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from broker.worker.engine import Call, Engine
 from broker.worker.link import Load
 from broker.worker.request import EngineError
 from broker.worker.sim import pd
 from broker.worker.sim.engine import Job, SimulatedEngine
+from broker.worker.sim.text import Prompt
 
 GARBAGE = b"\xc1 this is no msgpack"
 
@@ -43,20 +46,38 @@ class CallOut:
 class NativeRunner:
     """What the SDK's engine tells of requests and aborts."""
 
-    def __init__(self, sim: SimulatedEngine, role: str) -> None:
+    def __init__(self, sim: SimulatedEngine, me: pd.Identity, handover: pd.Handover) -> None:
         self.sim = sim
-        self._role = role
+        self._me = me
+        self._handover = handover
         self._jobs: dict[Call, Job] = {}
+        self._fetching: dict[Call, asyncio.Task[None]] = {}
         self.engine: Engine
         """Set by whoever made both."""
 
     def open(self, call: Call) -> None:
         prompt = self.sim.admit(call.request)
-        transfer = pd.native(self._role, call.request)
+        if self._me.role == "mixed":
+            self._submit(call, prompt, pd.Transfer())
+        else:
+            self._fetching[call] = asyncio.get_running_loop().create_task(self._fetch(call, prompt))
+
+    async def _fetch(self, call: Call, prompt: Prompt) -> None:
+        """A decode gets its prompt's computation first."""
+        try:
+            self._submit(call, prompt, await pd.native(self._me, self._handover, call.request, prompt))
+        except EngineError as error:
+            self.engine.fail(call, error)
+        finally:
+            del self._fetching[call]
+
+    def _submit(self, call: Call, prompt: Prompt, transfer: pd.Transfer) -> None:
         self._jobs[call] = self.sim.submit(call.request, prompt, CallOut(self, call), transfer)
         self.engine.load_changed()
 
     def abort(self, call: Call) -> None:
+        if (fetching := self._fetching.get(call)) is not None:
+            fetching.cancel()
         job = self._jobs.pop(call, None)
         if job is not None:
             self.sim.abort(job)

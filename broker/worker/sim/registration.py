@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from broker.worker.endpoints import host_and_port
-from broker.worker.sim.pd import Identity
+from broker.worker.sim.handover import Identity
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ def body_of(me: Identity, *, models: tuple[str, ...], capacity: int) -> dict[str
     }
     if me.dialect == "fastdeploy":
         return body | {"is_paused": False, "version": "0", "connected_decodes": []}
+    if me.role != "mixed" and me.connector:
+        body |= {"connector": me.connector, "bootstrap_port": me.port, "zmq_address": f"{me.host}:{me.port}"}
     return body | {"engine": me.dialect, "models": list(models), "capacity": capacity}
 
 
