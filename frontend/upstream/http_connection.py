@@ -127,7 +127,7 @@ class Connection(asyncio.Protocol):
         """Gives the connection up at once, unsent and unread bytes included; nobody hears of it but the pool."""
         self.exchange = None
         if self._closed:
-            self._owner.gone(self)
+            self._gone()
         elif self._transport is not None:
             self._transport.abort()
         elif self.dial is not None:
@@ -161,7 +161,7 @@ class Connection(asyncio.Protocol):
         self._closed = True
         exchange = self.exchange
         if exchange is None:
-            self._owner.gone(self)
+            self._gone()
         elif self._used and not self._answered:
             self.abort()
             exchange.went_stale()
@@ -170,6 +170,10 @@ class Connection(asyncio.Protocol):
             if not reader.complete and reader.error is None:
                 reader.error = UpstreamBroken(f"the connection to the engine broke: {exc or 'closed by the engine'}")
             self._deliver()  # a paused client hears of it after the bytes held for it; until then we are not gone
+
+    def _gone(self) -> None:
+        self._reader.close()
+        self._owner.gone(self)
 
     # -- the answer on its way to the client ---------------------------------------------------------------
 

@@ -24,6 +24,10 @@ MAX_HEAD_BYTES = 64 * 1024
 """Names and values of one head, and bytes read in a row that bring neither head nor body to an end."""
 
 
+_DEAF = httptools.HttpResponseParser(object())
+"""The parser of readers that are closed; it calls nobody."""
+
+
 class ResponseReader:
     """The response under way on one connection. `begin`, then `feed` until `complete` or `error`, then `begin`.
 
@@ -103,6 +107,14 @@ class ResponseReader:
             self.complete = True
         else:
             self.error = UpstreamBroken("the engine closed the connection before its response was whole")
+
+    def close(self) -> None:
+        """Nothing is read from here on. Idempotent.
+
+        The parser holds our callbacks, a cycle that would wait for the collector; and that comes so rarely
+        (`frontend.__main__`) that the readers of two thousand aborted requests would lie there.
+        """
+        self._parser = _DEAF
 
     @property
     def has_body(self) -> bool:

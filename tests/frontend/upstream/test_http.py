@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -14,6 +15,7 @@ from broker.errors import BadRequest, ConnectFailed, EngineSaturated, UpstreamBr
 from broker.types import Instance
 from frontend.upstream.base import UpstreamRequest
 from frontend.upstream.http import HttpUpstream, request_head
+from frontend.upstream.http_response import ResponseReader
 from tests.support.fake_engines import HttpAsked, HttpEngine
 from tests.support.sinks import RecordingSink
 from tests.support.waiting import eventually
@@ -233,6 +235,32 @@ def test_waiting_is_bounded_in_number_and_in_time() -> None:
         assert (await ended(busy)).body == b"ok"
 
     play(scene, connections=1, connect_secs=0.3)
+
+
+def test_aborted_exchange_leaves_no_reader_to_the_collector() -> None:
+    """It comes once in 20,000 objects: with each abort leaving a dozen, a frontend would hold megabytes of them."""
+
+    async def scene(upstream: HttpUpstream, engine: HttpEngine) -> None:
+        def readers() -> int:
+            return sum(isinstance(o, ResponseReader) for o in gc.get_objects())
+
+        before = readers()
+        for _ in range(3):
+            sink = post(upstream, engine.instance)
+            asked = await engine.asked()
+            asked.chunk(b"data: x\n\n")
+            await eventually(lambda sink=sink: sink.body, "a first byte")
+            sink.leave()
+            await asyncio.wait_for(asked.aborted.wait(), 10)
+        del sink
+        await eventually(lambda: readers() == before, readers)
+
+    gc.collect()
+    gc.disable()
+    try:
+        play(scene)
+    finally:
+        gc.enable()
 
 
 def test_cancelled_waiting_call_leaves_its_place() -> None:
