@@ -13,18 +13,18 @@ from broker.types import RouteRequest
 
 Costs = NDArray[np.float64]
 
-QUEUED = 0.07
+QUEUED = 0.05
 """What a token queued at the instance costs, when one that must be computed anew costs 1: work done twice delays all
 who come behind it, a queue only those in it."""
 COPIES = 2.0
 """A beginning of prompts may have this many times its fair number of copies before a copy costs its full price."""
 UNSURE = 64.0
 """Requests that are taken to have been without it when the share of a beginning is estimated."""
-CROWDED = 2.1
+CROWDED = 1.8
 """What being twice as crowded as the mean costs, in mean requests."""
 FEW = 8.0
 """Added to the mean number of requests there: with few in flight, a difference of some is chance."""
-SPENT = 0.8
+SPENT = 0.7
 """What having had twice the mean work of late costs, in mean requests."""
 MEMORY = 4096
 """Decisions that "of late" reaches back."""
@@ -36,7 +36,7 @@ class PrefixCost:
     """Least cost, in tokens, of these four; no setting, and no unit that depends on the tokenizer or on the fleet:
 
     * the prompt's tokens that the instance has not seen, at their price: 1, less for beginnings that are hot;
-    * 0.07 of the tokens queued there (prompts that have no first token yet);
+    * 0.05 of the tokens queued there (prompts that have no first token yet);
     * how much more crowded than the mean it is: requests in flight, in units of the mean request's work;
     * the work it had of late, which keeps the fleet even when nothing else tells the instances apart.
 

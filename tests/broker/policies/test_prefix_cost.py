@@ -47,10 +47,10 @@ def test_what_nobody_has_goes_where_fewest_requests_are(prefixes: Prefixes) -> N
 
 
 def test_a_rare_head_is_not_copied_for_a_queue_that_is_shorter_than_its_cost(prefixes: Prefixes) -> None:
-    """400 tokens to save, 0.07 of each queued token: a queue of 5,000 is worth waiting in, one of 10,000 is not."""
+    """400 tokens to save, 0.05 of each queued token: a queue of 7,000 is worth waiting in, one of 9,000 is not."""
     prefixes.sent(HEAD, 100)
-    assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[5_000, *[0] * 7])) == 100
-    assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[10_000, *[0] * 7])) != 100
+    assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[7_000, *[0] * 7])) == 100
+    assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[9_000, *[0] * 7])) != 100
 
 
 def test_a_head_that_everybody_has_is_copied_at_the_first_sign_of_a_queue(prefixes: Prefixes) -> None:
