@@ -18,7 +18,16 @@ import zmq
 from broker.config import Manager
 from broker.engines import DIALECTS, Evidence, recognise
 from broker.engines.base import METRICS_PATH, MODELS_PATH
+from broker.engines.pd.mooncake import (
+    ENGINE_IDS_PATH,
+    asks_engine_ids,
+    bootstrap_address,
+    engine_ids,
+    with_engine_ids,
+)
 from broker.errors import Unhealthy
+from broker.faces import PENSTOCK, Event, Face
+from broker.journal import Journal
 from broker.scheduler.native import ask_incarnation
 from broker.scheduler.registration import Registration
 from broker.types import EngineKind, Instance, LoadReport
@@ -41,8 +50,10 @@ class Answer(msgspec.Struct, frozen=True):
 class Collector:
     """One HTTP session for all questions. Use as an async context manager."""
 
-    def __init__(self, manager: Manager, context: zmq.Context[Any]) -> None:
+    def __init__(self, manager: Manager, context: zmq.Context[Any], face: Face = PENSTOCK) -> None:
         self._manager = manager
+        self._tries = manager.health_failure_threshold if face.probes_at_once else 1
+        self._journal = Journal(face, "scheduler")
         self._context = context
         self._session: aiohttp.ClientSession | None = None
 
@@ -89,8 +100,10 @@ class Collector:
         host = urlsplit(url).hostname or ""
         publishes = DIALECTS[kind].publishes(evidence, f"[{host}]" if ":" in host else host)
         instance = registration.joined(kind, evidence.models(), publishes)
+        if asks_engine_ids(instance):
+            instance = with_engine_ids(instance, await self.engine_ids(instance))
         for _ in range(self._manager.health_success_threshold - (first.status == 200)):
-            if not await self.is_healthy(instance):
+            if not await self._passes(instance):
                 raise self._unhealthy(url, first)
         return instance
 
@@ -109,7 +122,14 @@ class Collector:
         return Unhealthy(f"{url} is not healthy: {asked} {said}", url=url)
 
     async def is_healthy(self, instance: Instance) -> bool:
-        """One health check: status 200, exactly."""
+        """One health check; as many probes as the face wants, of which one must pass."""
+        for _ in range(self._tries):
+            if await self._passes(instance):
+                return True
+        return False
+
+    async def _passes(self, instance: Instance) -> bool:
+        """One probe: status 200, exactly."""
         answer = await self._get(instance.url + self._manager.health_check_endpoint)
         if answer is not None and answer.status == 404 and instance.engine is EngineKind.OPENAI:
             # A server of unknown make need not have the endpoint; the engines we know do, and use 404 for trouble.
@@ -123,6 +143,11 @@ class Collector:
     async def models(self, instance: Instance) -> tuple[str, ...]:
         """The names it lists now; empty = it did not say."""
         return Evidence(await self._ask(instance.url, MODELS_PATH)).models()
+
+    async def engine_ids(self, instance: Instance) -> tuple[str, ...]:
+        """Of a Mooncake prefill instance, by data-parallel rank; empty = its bootstrap server does not say."""
+        answer = await self._get(bootstrap_address(instance) + ENGINE_IDS_PATH)
+        return engine_ids(answer.body) if answer is not None and answer.status == 200 else ()
 
     async def load(self, instance: Instance) -> LoadReport | None:
         """Its load by `/metrics`; None = no answer, or no load in it."""
@@ -153,7 +178,7 @@ class Collector:
                         return None
                 return Answer(response.status, bytes(body))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
-            logger.debug("no answer from %s: %r", url, e)
+            self._journal.tell(Event.UNANSWERED, url=url, error=repr(e))
             return None
 
 

@@ -8,6 +8,7 @@ import time
 import msgspec
 
 from broker.config import Manager
+from broker.engines.pd.mooncake import asks_engine_ids, with_engine_ids
 from broker.errors import PenstockError
 from broker.scheduler.collect import Collector, Errands
 from broker.scheduler.registry import SECOND_NS, Member, Registry
@@ -61,6 +62,10 @@ class Watch:
         if changed:
             logger.warning("%s is %s", instance.url, member.state.name)
         member.checks += 1
+        if healthy and asks_engine_ids(member.instance):
+            renewed = with_engine_ids(member.instance, await self._collector.engine_ids(member.instance))
+            if renewed is not member.instance:
+                self._renew(member, renewed)
         if healthy and member.asks_models and (changed or member.checks % MODELS_EVERY == 0):
             models = await self._collector.models(instance)
             if models and models != member.instance.models:

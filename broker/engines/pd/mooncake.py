@@ -9,6 +9,8 @@ from __future__ import annotations
 import uuid
 from random import Random
 
+import msgspec
+
 from broker.engines.pd.base import (
     BOOTSTRAP_PORT,
     RETRIED,
@@ -24,10 +26,12 @@ from broker.engines.pd.base import (
     pair_fields,
     single,
 )
-from broker.errors import ConnectFailed
+from broker.errors import UNDECODABLE, ConnectFailed
 from broker.splice import replace_member
-from broker.types import Instance
+from broker.types import Connector, Instance, Role
 
+ENGINE_IDS_PATH = "/query"
+MOST_RANKS = 64
 KEY = "kv_transfer_params"
 RANK = b"x-data-parallel-rank"
 
@@ -68,3 +72,30 @@ class Mooncake:
 def bootstrap_address(prefill: Instance) -> str:
     """Of its bootstrap server; the scheme is needed."""
     return f"http://{bracketed(host_of(prefill))}:{pair_fields(prefill).bootstrap_port or BOOTSTRAP_PORT}"
+
+
+def asks_engine_ids(instance: Instance) -> bool:
+    """Whether its bootstrap server must be asked before it can be one half of a pair."""
+    return instance.role is Role.PREFILL and pair_fields(instance).connector is Connector.MOONCAKE
+
+
+class _Rank(msgspec.Struct):
+    engine_id: str
+
+
+def engine_ids(body: bytes) -> tuple[str, ...]:
+    """From the answer at `ENGINE_IDS_PATH`: rank -> engine. Empty = it makes no sense, or ranks are missing yet."""
+    try:
+        ranks = msgspec.json.decode(body, type=dict[str, _Rank])
+    except UNDECODABLE:
+        return ()
+    found = tuple(ranks[str(rank)].engine_id for rank in range(len(ranks)) if str(rank) in ranks)
+    return found if len(found) == len(ranks) <= MOST_RANKS else ()
+
+
+def with_engine_ids(instance: Instance, found: tuple[str, ...]) -> Instance:
+    """The instance with what its bootstrap server says; an engine that was started again has other ids."""
+    known = pair_fields(instance)
+    if not found or found == known.engine_ids:
+        return instance
+    return msgspec.structs.replace(instance, pair=msgspec.structs.replace(known, engine_ids=found))
