@@ -229,6 +229,8 @@ class Supervisor:
             if not new.ready:
                 return
             old.leaving = True
+            if old.process is None:  # it died meanwhile, and would be started once more for nobody
+                self._children.remove(old)
             old.signal(signal.SIGTERM)
             self._swaps.pop(0)
 
@@ -324,7 +326,10 @@ def make_segments(path: Path, settings: Config) -> Roster:
         counters = create_counters(path, settings)
     except SegmentError as e:
         raise StartError(f"shm.dir: {e}") from e
-    (path / "config.json").write_bytes(config.dump(settings))
+    try:
+        (path / "config.json").write_bytes(config.dump(settings))
+    except OSError as e:
+        raise StartError(f"shm.dir: cannot write {path / 'config.json'}: {e.strerror}") from e
     return Roster(counters)
 
 

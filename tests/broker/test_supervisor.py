@@ -1,0 +1,37 @@
+"""What the supervisor decides between two events; how it does with real processes is in tests/e2e."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from broker import config
+from broker.child import Child
+from broker.supervisor import StartError, Supervisor, make_segments
+
+
+def child(name: str, row: int) -> Child:
+    def command(_life: int, _ready_fd: int) -> Sequence[str]:
+        raise AssertionError(f"{name} was started")
+
+    return Child(name, command, row)
+
+
+def test_a_frontend_that_is_dead_when_its_successor_is_ready_is_not_started_again() -> None:
+    """Without it: (1) it waits for its next start, (2) it is swapped out, (3) it starts, and nobody ends it."""
+    supervisor = Supervisor(config.Config())
+    old, new = child("frontend-0", 0), child("frontend-2", 2)
+    old.start_at, new.ready = 0.0, True
+    supervisor._children[:] = [old, new]
+    supervisor._swaps[:] = [(old, new)]
+    supervisor._go_on_swapping()
+    assert supervisor._children == [new]
+    assert supervisor._swaps == []
+
+
+def test_a_directory_that_cannot_hold_the_settings_stops_the_start_with_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()  # as good as a mount that the segments have filled to the last page
+    with pytest.raises(StartError, match=r"shm\.dir: cannot write .*config\.json"):
+        make_segments(tmp_path, config.build({"shm": {"slots": 8, "frontends": 1}}))
