@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="also cells that are 0")
     arguments = parser.parse_args(argv)
     try:
-        for path in find(arguments.path):
+        for path in find(arguments.path, arguments.block):
             with Segment.attach(path) as segment:
                 for line in dump(segment, only=arguments.block, zeros=arguments.all):
                     print(line)
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def find(name: str) -> list[Path]:
-    """The segments that `name` means. Raises SegmentError when there are none."""
+def find(name: str, block: str | None = None) -> list[Path]:
+    """The segments that `name` means, with `block` only those that have it. Raises SegmentError when there are none."""
     path = Path(name)
     if not path.exists() and len(path.parts) == 1:
         path = DEFAULT_DIRECTORY / name
@@ -49,8 +49,18 @@ def find(name: str) -> list[Path]:
         segments = [entry for entry in sorted(path.iterdir()) if entry.is_file() and _is_segment(entry)]
         if not segments:
             raise SegmentError(f"no segment in the directory {path}")
-        return segments
-    return [path]
+    else:
+        segments = [path]
+    if block is not None:
+        segments = [segment for segment in segments if _has(segment, block)]
+        if not segments:
+            raise SegmentError(f"{path} has no block {block!r}")
+    return segments
+
+
+def _has(path: Path, block: str) -> bool:
+    with Segment.attach(path) as segment:
+        return block in {b.name for b in segment.layout.blocks}
 
 
 def _is_segment(path: Path) -> bool:
@@ -66,10 +76,9 @@ def dump(segment: Segment, *, only: str | None = None, zeros: bool = False) -> I
     layout = segment.layout
     pid = segment.writer_pid
     created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(segment.created_ns / 1e9))
-    yield f"segment {segment.path}: layout {layout.name!r} version {layout.version}, digest {layout.digest & 2**64 - 1:#x}"
+    digest = layout.digest & 2**64 - 1
+    yield f"segment {segment.path}: layout {layout.name!r} version {layout.version}, digest {digest:#x}"
     yield f"  {layout.size} bytes, created {created}, epoch {segment.epoch}, writer {_owner(pid)}"
-    if only is not None and only not in {block.name for block in layout.blocks}:
-        raise SegmentError(f"{segment.path} has no block {only!r}")
     for block in layout.blocks:
         if only is not None and block.name != only:
             continue

@@ -65,6 +65,16 @@ def test_a_directory_means_its_segments(path: Path, capsys: pytest.CaptureFixtur
     assert "layout 'other'" in output
 
 
+def test_of_a_directory_the_segments_with_the_block_are_shown(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Segment.create(path.parent / "a", Layout("other", 1, [Block("x", (1,))])).close()
+    assert tool.main([str(path.parent), "--block", "cells"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("segment ") == 1
+    assert "cells[BEAT] = 42" in output
+    assert tool.main([str(path.parent), "--block", "nonsense"]) == 1
+    assert "no block 'nonsense'" in capsys.readouterr().err
+
+
 def test_a_bare_name_is_looked_up_in_the_shared_memory_mount(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
