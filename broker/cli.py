@@ -170,7 +170,7 @@ COLUMNS = [
 def drain(instance: str, resume: bool, url: str | None, port: int) -> None:
     """Send no new requests to INSTANCE (its URL); those under way go on."""
     answer = call(url, port, "/drain", {"url": instance, "resume": resume})
-    click.echo(answer.get("msg", "done"))
+    click.echo(f"{answer['url']} is {answer['state']}")
 
 
 def cell(value: Any) -> str:
@@ -200,7 +200,7 @@ def said(body: bytes) -> str:
     """The message inside an error body, else its beginning."""
     try:
         answer = json.loads(body)
-        return str(answer["error"]["message"])
+        return str(answer["error"]["message"] if "error" in answer else answer["msg"])
     except (ValueError, KeyError, TypeError):
         return body[:200].decode(errors="replace")
 
