@@ -49,7 +49,7 @@ These are store-store and load-load orders, which x86-64 keeps (see `shm.fence`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -148,36 +148,27 @@ class TableReader(_Table):
         before = self._sequence.take(buckets)
         rows = self._keys.take(buckets, axis=0)
         # The one place of each key, as an index into all of `rows`: keys are never twice in a bucket.
-        hits = np.flatnonzero(rows == keys[:, None])
-        found = hits >> 4
-        if len(found) < len(keys):
-            count = _leading(found)
+        hits = (rows == keys[:, None]).reshape(-1).nonzero()[0]
+        if len(hits) < len(keys):
+            count = _leading(hits >> 4)
             if not count:
                 return Found([], np.empty(0))
             hits, buckets, before = hits[:count], buckets[:count], before[:count]
         places = (buckets << 4) + (hits & (WAYS - 1))
         words = self._members.take(places)
         uses = self._uses.take(places)
-        runs = list(self._runs(words, places))
-        moved = (self._sequence.take(buckets) != before) | (before & 1).astype(np.bool_)
+        runs = [Run(stop, self._set(int(words[start]))) for start, stop in pairwise(_bounds(words))]
+        again = self._members.take(places)  # a bitmap may have been another set's when it was loaded
+        moved = (self._sequence.take(buckets) ^ before) | (before & 1) | ((again ^ words) & words >> 63)
         if moved.any():
-            runs = _cut(runs, int(moved.argmax()))
+            runs = _cut(runs, int((moved != 0).argmax()))
         count = runs[-1].stop if runs else 0
         return Found(runs, self._faded(uses[:count]))
 
-    def _runs(self, words: Vector, places: Vector) -> Iterator[Run]:
-        starts = [0, *(np.flatnonzero(words[1:] != words[:-1]) + 1).tolist(), len(words)]
-        for start, stop in pairwise(starts):
-            word = int(words[start])
-            if word >= 0:
-                members = _inline(word)
-            else:
-                bits = self._pool[~word & ((1 << _PLACE_BITS) - 1)].tobytes()
-                held = self._members.take(places[start:stop]) == word
-                if not held.all():  # the bitmap may be another set's by now
-                    return
-                members = int.from_bytes(bits, "little")
-            yield Run(stop, members)
+    def _set(self, word: int) -> int:
+        if word >= 0:
+            return _inline(word)
+        return int.from_bytes(self._pool[_place(word)].tobytes(), "little")
 
     def _faded(self, uses: Vector) -> NDArray[np.float64]:
         age = np.maximum(self.tick - (uses >> _COUNT_BITS), 0)
@@ -258,8 +249,7 @@ class TableWriter(_Table):
 
     def _join(self, places: Vector, member: int) -> None:
         words = self._members.take(places)
-        starts = [0, *(np.flatnonzero(words[1:] != words[:-1]) + 1).tolist(), len(words)]
-        for start, stop in pairwise(starts):
+        for start, stop in pairwise(_bounds(words)):
             word = int(words[start])
             if word < 0:
                 joined = self._join_bitmap(word, stop - start, member)
@@ -399,10 +389,19 @@ def _inline(word: int) -> int:
     return members
 
 
+def _bounds(words: Vector) -> list[int]:
+    """Where runs of equal words begin, and the end."""
+    return [0, *((words[1:] != words[:-1]).nonzero()[0] + 1).tolist(), len(words)]
+
+
 def _leading(found: Vector) -> int:
     """How many of 0, 1, 2, ... stand at the beginning of the rising vector `found`."""
-    holes = np.flatnonzero(found != np.arange(len(found)))
-    return int(holes[0]) if len(holes) else len(found)
+    count = len(found)
+    if not count or found[0]:
+        return 0
+    if found[-1] == count - 1:
+        return count
+    return int((found != np.arange(count)).argmax())
 
 
 def _cut(runs: list[Run], count: int) -> list[Run]:
