@@ -16,7 +16,11 @@ def version() -> str:
 def url(settings: Config) -> str:
     """Where this machine reaches the frontends: the wildcard addresses become loopback."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(settings.server.host, settings.server.host)
-    return f"http://[{host}]:{settings.server.port}" if ":" in host else f"http://{host}:{settings.server.port}"
+    return _url(host, settings.server.port)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def text(settings: Config, run_dir: Path, simulated: int) -> str:
@@ -32,9 +36,12 @@ def text(settings: Config, run_dir: Path, simulated: int) -> str:
     else:
         engines = "none yet; POST /register, or start one with: penstock sim --router " + url(settings)
     name = f" {server.name}" if server.name else ""
+    # `--port` alone means 127.0.0.1, where a server that was given another address does not listen.
+    is_at_loopback = url(settings) == _url("127.0.0.1", server.port)
+    here = f"--port {server.port}" if is_at_loopback else f"--url {url(settings)}"
     lines = [
         f"Penstock {version()}{name}",
-        f"  listening on   http://{server.host}:{server.port}",
+        f"  listening on   {_url(server.host, server.port)}",
         f"  frontends      {server.workers}",
         f"  policy         {policy}",
         f"  instances      {engines}",
@@ -43,7 +50,7 @@ def text(settings: Config, run_dir: Path, simulated: int) -> str:
         "  Try it:",
         f"    curl {url(settings)}/v1/chat/completions -H 'Content-Type: application/json' \\",
         """      -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'""",
-        f"    penstock instances --port {server.port}",
+        f"    penstock instances {here}",
     ]
     return "\n".join(lines)
 
