@@ -19,6 +19,8 @@ from tests.support.client import Client, Exchange, State, chat
 from tests.support.processes import Fleet
 
 ENGINES = {"http": "http", "zmq": "zmq", "zmq-2": "zmq"}
+CONFIG = {"manager": {"health-check-interval-secs": 0.5}}
+"""A killed HTTP engine is known to be down after three checks: 1.5 s instead of 15."""
 STREAMS, LATE = 24, 9
 WORDS = 150
 """Of an answer: 1.8 s at the engine's 12 ms a step, so that every stream is under way when the blow falls."""
@@ -26,7 +28,7 @@ WORDS = 150
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with Fleet(tmp_path, workers=2) as fleet:
+    with Fleet(tmp_path, workers=2, config=CONFIG) as fleet:
         for name in ENGINES:
             start(fleet, name, ENGINES[name])
         fleet.await_instances(len(ENGINES))
@@ -52,7 +54,9 @@ class Blow(NamedTuple):
 async def strike(fleet: Fleet, client: Client, name: str) -> Blow:
     """Kills `name` with `STREAMS` streams begun and `LATE` requests that wait for their first byte; all have ended."""
     begun = [
-        await client.send("/v1/chat/completions", chat(f"{name} {k}", max_tokens=WORDS), id=f"{name}-begun-{k}")
+        await client.send(
+            "/v1/chat/completions", chat(f"{name} {k}", max_tokens=WORDS, ignore_eos=True), id=f"{name}-begun-{k}"
+        )
         for k in range(STREAMS)
     ]
     await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in begun)), 30)
@@ -130,6 +134,25 @@ def test_a_killed_frontend_takes_its_own_streams_and_nothing_else(fleet: Fleet) 
             await even(fleet, client, "after")
 
     asyncio.run(run())
+
+
+def test_without_settling_the_dead_ones_requests_would_stay_in_flight(tmp_path: Path) -> None:
+    """The protection switched off."""
+    with Fleet(tmp_path, workers=2, config=CONFIG, instead={"supervisor": "tests.support.standins.unsettled"}) as fleet:
+        for name in ENGINES:
+            start(fleet, name, ENGINES[name])
+        fleet.await_instances(len(ENGINES))
+
+        async def run() -> None:
+            with Client(fleet.port) as client:
+                blow = await strike(fleet, client, "frontend-1")
+                fleet.await_replaced("frontend-1", blow.pid)
+
+        asyncio.run(run())
+        for engine in fleet.engines.values():
+            engine.await_idle()
+        with pytest.raises(AssertionError, match="0 in flight"):
+            fleet.await_idle(1.0)
 
 
 def test_a_killed_scheduler_is_not_noticed_and_nobody_registers_again(fleet: Fleet) -> None:

@@ -46,7 +46,7 @@ def test_the_engine_is_idle_within_200_ms_of_a_clients_leaving(fleet: Fleet, beg
 
     async def leave() -> None:
         with Client(fleet.port) as client:
-            exchange = await client.send(CHAT, chat(prompt, max_tokens=5000))
+            exchange = await client.send(CHAT, chat(prompt, max_tokens=5000, ignore_eos=True))
             if begun:
                 await asyncio.wait_for(exchange.first_byte, 10)
             busy = until(lambda: [e for e in fleet.engines.values() if not e.ledger()["idle"]], "an engine at work")
@@ -66,6 +66,24 @@ def test_the_engine_is_idle_within_200_ms_of_a_clients_leaving(fleet: Fleet, beg
     fleet.await_idle()
 
 
+def test_a_frontend_that_did_not_look_would_let_the_engine_go_on(tmp_path: Path) -> None:
+    """The protection switched off."""
+    with Fleet(tmp_path, workers=1, instead={"frontend": "tests.support.standins.deaf_frontend"}) as fleet:
+        engine = fleet.engine("zmq", "--transport", "zmq", "--prefill-tokens-per-s", "1000")
+        fleet.await_instances(1)
+
+        async def leave() -> None:
+            with Client(fleet.port) as client:
+                await client.send(CHAT, chat("word " * 4000, max_tokens=2))  # 5 s before the first byte
+                await asyncio.to_thread(until, lambda: not engine.ledger()["idle"], "the engine at work")
+
+        asyncio.run(leave())
+        with pytest.raises(AssertionError, match="the engine idle"):
+            until(lambda: engine.ledger()["idle"], "the engine idle", 1.0)
+        assert fleet.in_flight() == 1
+        engine.await_idle()
+
+
 # -- nothing kept ------------------------------------------------------------------------------------------
 
 
@@ -73,7 +91,7 @@ async def visit(client: Client, id: str, rng: random.Random) -> Exchange:
     """One request; a client that leaves does so at a random moment of its part of the answer's time."""
     leaves = rng.random() < LEAVING
     words = rng.randrange(2, 12) * (3 if leaves else 1)
-    exchange = await client.send(CHAT, chat(f"Prompt {id}", max_tokens=words), id=id)
+    exchange = await client.send(CHAT, chat(f"Prompt {id}", max_tokens=words, ignore_eos=True), id=id)
     if leaves:
         if rng.random() < 0.5:
             await asyncio.sleep(rng.random() * 0.003)

@@ -89,7 +89,10 @@ def test_a_stopped_frontend_holds_what_it_has_and_the_other_takes_everything_new
             async with Traffic(client, rate=RATE) as traffic:
                 await traffic.window(0.5)
                 before = await traffic.window(seconds)
-                long = [await client.send("/v1/chat/completions", chat(f"Long {k}", max_tokens=800)) for k in range(8)]
+                long = [
+                    await client.send("/v1/chat/completions", chat(f"Long {k}", max_tokens=800, ignore_eos=True))
+                    for k in range(8)
+                ]
                 await asyncio.to_thread(fleet.freeze, "frontend-1")
                 during = await traffic.window(seconds)
                 old = {e for e in client.ledger.values() if e not in during}
@@ -109,5 +112,27 @@ def test_a_stopped_frontend_holds_what_it_has_and_the_other_takes_everything_new
 
     with Fleet(tmp_path, workers=2) as fleet:
         start_engines(fleet)
+        asyncio.run(run(fleet))
+        fleet.await_idle()
+
+
+def test_a_frontend_that_left_connections_to_a_stopped_one_would_keep_clients_waiting(tmp_path: Path) -> None:
+    """The protection switched off."""
+
+    async def run(fleet: Fleet) -> None:
+        with Client(fleet.port) as client:
+            held = [
+                await client.send("/v1/chat/completions", chat(max_tokens=2000, ignore_eos=True)) for _ in range(12)
+            ]
+            waits = [asyncio.ensure_future(e.first_byte) for e in held]
+            answered, waiting = await asyncio.wait(waits, timeout=2.0)
+            assert answered, "nobody was served at all"
+            assert waiting, "everybody was served"
+            fleet.thaw("frontend-1")
+            await asyncio.wait_for(asyncio.gather(*waiting), 30)
+
+    with Fleet(tmp_path, workers=2, instead={"frontend": "tests.support.standins.polite_frontend"}) as fleet:
+        start_engines(fleet)
+        fleet.freeze("frontend-1")
         asyncio.run(run(fleet))
         fleet.await_idle()

@@ -206,5 +206,5 @@ class Client:
 
 
 def chat(prompt: str = "Hello", *, stream: bool = True, **fields: object) -> dict[str, object]:
-    """A chat request; with `max_tokens` the simulated engine says that many words."""
+    """A chat request; the simulated engine says up to `max_tokens` words, and with `ignore_eos` exactly as many."""
     return {"messages": [{"role": "user", "content": prompt}], "stream": stream, **fields}

@@ -44,7 +44,7 @@ def test_a_client_that_leaves_is_seen_by_the_engine(tmp_path: Path) -> None:
 
         async def leave() -> None:
             with Client(fleet.port) as client:
-                exchange = await client.send("/v1/chat/completions", chat("Hi", max_tokens=5000))
+                exchange = await client.send("/v1/chat/completions", chat("Hi", max_tokens=5000, ignore_eos=True))
                 await exchange.first_byte
                 assert fleet.in_flight() == 1
                 exchange.leave()

@@ -63,7 +63,9 @@ class Traffic:
     async def _send(self) -> None:
         number = len(self._client.ledger)
         self.exchanges.append(
-            await self._client.send("/v1/chat/completions", chat(f"Traffic {number}", max_tokens=self._words))
+            await self._client.send(
+                "/v1/chat/completions", chat(f"Traffic {number}", max_tokens=self._words, ignore_eos=True)
+            )
         )
 
 

@@ -1,7 +1,11 @@
-"""`penstock serve` with other children: python -m tests.support.standins.supervisor MODULE=OTHER... serve FLAGS..."""
+"""`penstock serve` with other children: python -m tests.support.standins.supervisor MODULE=OTHER... serve FLAGS...
+
+`supervisor=OTHER` imports OTHER here, for what it changes.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,6 +17,8 @@ def main() -> None:
     given = sys.argv[1 : sys.argv.index("serve")]
     instead = dict(pair.split("=") for pair in given)
     sys.argv[1 : 1 + len(given)] = []
+    if "supervisor" in instead:
+        importlib.import_module(instead["supervisor"])
     real = Child.__init__
 
     def make(
