@@ -19,6 +19,7 @@ Segment `prefix` (writer: scheduler): the blocks of `shm.hashtable`, and
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -214,9 +215,11 @@ class PrefixIndex:
         """Notices given up because the scheduler did not take them in time."""
 
     @classmethod
-    def attach(cls, run_dir: Path, frontend: int, **sizes: int) -> PrefixIndex:
+    def attach(
+        cls, run_dir: Path, layout: Layout, frontend: int, *, block: int = 64, limit: int = BLOCKS
+    ) -> PrefixIndex:
         """Map the run's index, read-only. Raises SegmentError."""
-        return cls(Segment.attach(run_dir / PREFIX), frontend, **sizes)
+        return cls(Segment.attach(run_dir / PREFIX, layout), frontend, block=block, limit=limit)
 
     def match(self, request: RouteRequest) -> Match:
         """What is known of the request's prompt. The keys of the last request are kept: it may be picked for again."""
@@ -326,6 +329,11 @@ def prefix_layout(slots: int, frontends: int, capacity: int = CAPACITY) -> Layou
     )
 
 
+def create_prefix(run_dir: Path, layout: Layout) -> None:
+    """Make the segment in the run directory. Raises SegmentError; SegmentSpace when the mount is too small."""
+    Segment.create(run_dir / PREFIX, layout).close()
+
+
 class PrefixWriter:
     """The scheduler's half, without sockets or clock. Exactly one process has one.
 
@@ -342,6 +350,13 @@ class PrefixWriter:
         self.forget([slot for slot, generation in known if generation != generations.get(slot, 0)])
         for slot, generation in generations.items():
             self._generations[slot] = generation
+
+    @classmethod
+    def attach(cls, run_dir: Path, layout: Layout, generations: Mapping[int, int]) -> PrefixWriter:
+        """Map the run's index, writable, and take it over. Raises SegmentError."""
+        segment = Segment.attach(run_dir / PREFIX, layout, writable=True)
+        segment.take_over(os.getpid())
+        return cls(segment, generations)
 
     def admit(self, slot: int, generation: int) -> None:
         """`slot` is another instance's from now on."""

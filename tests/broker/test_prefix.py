@@ -21,6 +21,7 @@ from broker.prefix import (
     PREFIX,
     PrefixIndex,
     PrefixWriter,
+    create_prefix,
     namespace,
     prefix_layout,
     text_keys,
@@ -28,7 +29,6 @@ from broker.prefix import (
 )
 from broker.types import RouteRequest
 from broker.wire import RoutingNotices
-from shm.segment import Segment
 from tests.support.loads import FakeLoads
 
 SLOTS, FRONTENDS = 16, 3
@@ -41,10 +41,15 @@ class Shared:
     """One index, its scheduler's half and three frontends'."""
 
     def __init__(self, path: Path, slots: int = SLOTS, capacity: int = 4096) -> None:
-        self.segment = Segment.create(path / PREFIX, prefix_layout(slots, FRONTENDS, capacity))
+        self.path = path
+        self.layout = prefix_layout(slots, FRONTENDS, capacity)
+        create_prefix(path, self.layout)
         self.generations = dict.fromkeys(range(slots), 1)
-        self.writer = PrefixWriter(self.segment, self.generations)
-        self.frontends = [PrefixIndex.attach(path, k) for k in range(FRONTENDS)]
+        self.writer = PrefixWriter.attach(path, self.layout, self.generations)
+        self.frontends = [self.frontend(k) for k in range(FRONTENDS)]
+
+    def frontend(self, index: int) -> PrefixIndex:
+        return PrefixIndex.attach(self.path, self.layout, index)
 
     def deliver(self) -> int:
         counted = 0
@@ -230,10 +235,10 @@ def test_a_lost_batch_is_forgotten_with_the_next_one(shared: Shared) -> None:
     assert shared.depths("z" * 640) == {4: 10}
 
 
-def test_a_new_frontend_in_an_old_row_goes_on_counting(shared: Shared, tmp_path: Path) -> None:
+def test_a_new_frontend_in_an_old_row_goes_on_counting(shared: Shared) -> None:
     shared.send(HEAD, 3)
     shared.deliver()
-    shared.frontends[0] = PrefixIndex.attach(tmp_path, 0)
+    shared.frontends[0] = shared.frontend(0)
     shared.send("z" * 640, 4)
     assert shared.depths("z" * 640) == {4: 10}
     shared.deliver()
@@ -261,7 +266,7 @@ def test_the_next_scheduler_keeps_what_is_still_true(shared: Shared) -> None:
     shared.deliver()
     generations = {**shared.generations, 4: 2}
     del generations[5]
-    shared.writer = PrefixWriter(shared.segment, generations)
+    shared.writer = PrefixWriter.attach(shared.path, shared.layout, generations)
     assert shared.depths(HEAD) == {3: 5}
     shared.send(HEAD, 4)
     assert shared.deliver() == 1
