@@ -32,7 +32,8 @@ def fatal(settings: Config) -> list[str]:
 def doubtful(settings: Config) -> list[str]:
     """A sentence for each entry of register.yaml that a start would leave out."""
     path = settings.manager.register_path
-    return read_entries(Path(path), settings.server.splitwise)[1] if path else []
+    unusable = read_entries(Path(path), settings.server.splitwise)[1] if path else []
+    return [f"{entry.where}: {entry.problem}" for entry in unusable]
 
 
 def _space(settings: Config) -> list[str]:

@@ -30,7 +30,7 @@ from broker.config import Config
 from broker.counters import Roster, create_counters
 from broker.errors import PenstockError
 from broker.faces import Event, face_of
-from broker.journal import Journal
+from broker.narrator import Narrator
 from broker.table import create_table
 from shm.rundir import RunDirectory, RunDirectoryError, remove_stale
 from shm.segment import SegmentError
@@ -93,7 +93,7 @@ class Supervisor:
             self._start(self._engine(number))
         if self._face.shows_banner:
             banner.show(self._config, self._run_dir.path, self._simulated)
-        Journal(self._face, "supervisor").tell(Event.SERVING, port=self._config.server.port)
+        Narrator(self._face, "supervisor").tell(Event.SERVING, port=self._config.server.port)
         rotation = log.Rotation(self._config.log, datetime.datetime.now(), self._face.log_file)
         while not self._stopping:
             self._turn()
@@ -340,9 +340,9 @@ def serve(settings: Config, simulated: int = 0, doubts: Sequence[str] = ()) -> i
     """
     face = face_of(settings)
     log.setup(settings.log, "supervisor", face)
-    journal = Journal(face, "supervisor")
+    narrator = Narrator(face, "supervisor")
     for doubt in doubts:
-        journal.tell(Event.CONFIG_DOUBT, problem=doubt)
+        narrator.tell(Event.CONFIG_DOUBT, problem=doubt)
     if reasons := check.fatal(settings):
         raise StartError("; ".join(reasons))
     return Supervisor(settings, simulated).run()

@@ -56,8 +56,9 @@ class Event(Enum):
     LISTED_REGISTERED = auto()  # index, url
     LISTED_NOT_REGISTERED = auto()  # index, url, path, error
     LISTED_NONE = auto()  # path
-    LISTED_UNUSABLE = auto()  # index, problem
-    PROBE_FAILED = auto()  # url, error
+    LISTED_UNUSABLE = auto()  # index, problem, where
+    UNANSWERED = auto()  # url, error
+    POLL_FAILED = auto()  # url
     HEALTH_CHANGED = auto()  # url, state
     REMOVED = auto()  # url, role
     CLEANED = auto()  # url, what
@@ -110,12 +111,14 @@ class Face:
     # -- registration and health ---------------------------------------------------------------------------------
 
     kind_unasked: EngineKind | None
-    """What an instance is that does not say; None = it is asked."""
+    """What an instance is that does not say, and then serves every model; None = it is asked for both."""
     takes_comma_lists: bool
     """`POST /register` takes a string of words between commas for a list, as a register.yaml may always have it."""
     probes_at_once: bool
     """A health check asks again at once, up to the failure threshold, and the one that fails takes the instance out;
     else each check asks once, and failures in a row are counted."""
+    polls_unread: bool
+    """`/metrics` of engines are polled even if no policy in force reads what they say."""
     probes_members: bool
     """A member that registers again is probed."""
     registered: Said

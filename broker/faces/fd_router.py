@@ -171,9 +171,12 @@ LINES = {
     Event.NOT_REGISTERED: Line(_ERROR, "Failed to register instance: %(error)s"),
     Event.LISTED_REGISTERED: Line(_INFO, "Successfully registered instance from index %(index)d"),
     Event.LISTED_NOT_REGISTERED: Line(_ERROR, "Failed to register instance from index %(index)d: %(error)s"),
-    Event.LISTED_UNUSABLE: Line(_ERROR, "%(problem)s"),
+    Event.LISTED_UNUSABLE: Line(_ERROR, "Failed to register instance from index %(index)d: %(problem)s"),
     Event.LISTED_NONE: Line(_INFO, "No instances found in %(path)s"),
-    Event.PROBE_FAILED: Line(_ERROR, "failed to send request to %(url)s with error: %(error)s"),
+    Event.UNANSWERED: Line(_ERROR, "failed to send request to %(url)s with error: %(error)s"),
+    Event.POLL_FAILED: Line(
+        logging.WARNING, "GetRemoteMetrics failed for %(url)s, falling back to local counter: no usable answer"
+    ),
     Event.REMOVED: Line(_ERROR, "Removed unhealthy %(role)s instance: %(url)s"),
     Event.CLEANED: Line(_INFO, "cleanup unhealthy worker %(what)s: %(url)s"),
     Event.PRESERVED: Line(_INFO, "unhealthy worker %(what)s preserved (inflight requests): %(url)s, count: %(count)d"),
@@ -198,6 +201,7 @@ FD_ROUTER = Face(
     kind_unasked=EngineKind.FASTDEPLOY,
     takes_comma_lists=False,
     probes_at_once=True,
+    polls_unread=False,
     probes_members=True,
     registered=Said(200, JSON, b'{"code":200,"msg":"Register success"}'),
     refused=refused,

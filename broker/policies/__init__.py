@@ -42,6 +42,15 @@ INDEXED: dict[str, Callable[[Options, Random, PrefixIndex], Policy]] = {
 """Those that look prompts up in the prefix index. One index serves all roles of a frontend."""
 
 
+READ_REPORTS = frozenset(("fd_remote_metrics_score", "remote_cache_aware", "prefix_cost"))
+"""Those that decide by what engines report; the others need no report for their decisions."""
+
+
+def read_reports(settings: Scheduler) -> bool:
+    """Whether any policy in force reads reports."""
+    return not READ_REPORTS.isdisjoint((settings.policy, settings.prefill_policy, settings.decode_policy))
+
+
 def check(settings: Scheduler) -> None:
     """Whether the policies named in the settings can be made; for the start. Raises `ConfigError` as `make_policy`."""
     for name in (settings.policy, settings.prefill_policy, settings.decode_policy):

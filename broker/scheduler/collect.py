@@ -27,7 +27,7 @@ from broker.engines.pd.mooncake import (
 )
 from broker.errors import Unhealthy
 from broker.faces import PENSTOCK, Event, Face
-from broker.journal import Journal
+from broker.narrator import Narrator
 from broker.scheduler.native import ask_incarnation
 from broker.scheduler.registration import Registration
 from broker.types import EngineKind, Instance, LoadReport
@@ -53,7 +53,7 @@ class Collector:
     def __init__(self, manager: Manager, context: zmq.Context[Any], face: Face = PENSTOCK) -> None:
         self._manager = manager
         self._tries = manager.health_failure_threshold if face.probes_at_once else 1
-        self._journal = Journal(face, "scheduler")
+        self._narrator = Narrator(face, "scheduler")
         self._context = context
         self._session: aiohttp.ClientSession | None = None
 
@@ -162,6 +162,17 @@ class Collector:
             raise Unhealthy(f"{instance.url} is not healthy: no native engine answers there", url=instance.url)
         return msgspec.structs.replace(instance, incarnation=incarnation)
 
+    async def post(self, url: str, body: bytes) -> Answer | None:
+        """Passes a JSON body on; None = no whole answer."""
+        assert self._session is not None, "used outside its context"
+        try:
+            headers = {"Content-Type": "application/json"}
+            async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+                return Answer(response.status, await response.content.read(MAX_ANSWER_BYTES))
+        except (aiohttp.ClientError, OSError, ValueError) as e:
+            logger.debug("no answer from %s: %r", url, e)
+            return None
+
     async def _ask(self, url: str, path: str) -> dict[str, bytes]:
         answer = await self._get(url + path)
         return {path: answer.body} if answer is not None and answer.status == 200 else {}
@@ -178,7 +189,7 @@ class Collector:
                         return None
                 return Answer(response.status, bytes(body))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
-            self._journal.tell(Event.UNANSWERED, url=url, error=repr(e))
+            self._narrator.tell(Event.UNANSWERED, url=url, error=repr(e))
             return None
 
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import yaml
 
 from broker.config import Config
-from broker.errors import PenstockError
+from broker.errors import PenstockError, Unhealthy
+from broker.faces import Event, face_of
+from broker.narrator import Narrator
 from broker.scheduler.collect import Collector
 from broker.scheduler.registration import Registration, parse, parse_body
 from broker.scheduler.registry import Member, Registry
 from broker.scheduler.tally import Tally
 from broker.table import SchedulerEvent
-
-logger = logging.getLogger("scheduler")
 
 MOST_AT_ONCE = 1024
 """Newcomers being probed; more are told to come again, which engines do by themselves."""
@@ -50,6 +50,8 @@ class Registrar:
         self._registry = registry
         self._collector = collector
         self._tally = tally
+        self._face = face_of(config)
+        self._narrator = Narrator(self._face, "scheduler")
         self._splitwise = config.server.splitwise
         self._path = config.manager.register_path
         self._retry_s = config.manager.health_check_interval_secs
@@ -57,31 +59,44 @@ class Registrar:
 
     async def answer(self, body: bytes) -> tuple[int, bytes]:
         """Status and JSON body for the body of a `POST /register`."""
+        face = self._face
         try:
-            await self.register(parse_body(body, self._splitwise))
+            await self.register(parse_body(body, self._splitwise, comma_lists=face.takes_comma_lists))
         except PenstockError as e:
             self._tally.add(SchedulerEvent.REGISTRATIONS_REFUSED)
-            return refusal(e)
+            self._narrator.tell(Event.NOT_REGISTERED, error=e.message)
+            status, _, said = face.refused(e)
+            return status, said
         self._tally.add(SchedulerEvent.REGISTRATIONS)
-        return answer(200, "Register success")
+        return face.registered.status, face.registered.body
 
     async def register(self, registration: Registration) -> Member:
         """Every frontend sees the instance when this returns.
 
-        A healthy member that registers again is not probed: engines do that every few seconds. Two registrations of
-        one URL take turns, so that the later one stands. Raises Unhealthy, TableFull, MetadataTooLarge, Busy.
+        A healthy member that registers again, as engines do every few seconds, is not asked for more than its health,
+        and only if the face wants that. Two registrations of one URL take turns, so that the later one stands.
+        Raises Unhealthy, TableFull, MetadataTooLarge, Busy.
         """
+        registration = registration.taken_as(self._face.kind_unasked)
         url = registration.instance.url
         async with self._turn(url):
             member = self._registry.get(url)
             if member is not None and member.healthy:
                 instance = registration.rejoined(member.instance)
+                if self._face.probes_members and not await self._collector.is_healthy(instance):
+                    raise Unhealthy(f"{url} is not healthy", url=url)
             else:
                 instance = await self._collector.join(registration)
             asks_models = not registration.names_models and not instance.is_native
             joined = self._registry.register(instance, time.monotonic_ns(), asks_models=asks_models)
         if joined is not member:
-            logger.info("registered %s: %s %s %s", url, instance.engine, instance.role.name.lower(), instance.models)
+            self._narrator.tell(
+                Event.REGISTERED,
+                url=url,
+                engine=instance.engine,
+                role=instance.role.name.lower(),
+                models=instance.models,
+            )
         return joined
 
     @contextlib.asynccontextmanager
@@ -104,12 +119,14 @@ class Registrar:
     async def configured(self, passed: Callable[[], None]) -> None:
         """register.yaml, for ever: a first pass over all entries, `passed()`, then again what is not registered."""
         entries, unusable = read_entries(Path(self._path), self._splitwise) if self._path else ([], [])
-        for sentence in unusable:
-            logger.error("%s", sentence)
+        for entry in unusable:
+            self._narrator.tell(Event.LISTED_UNUSABLE, index=entry.place, problem=entry.problem, where=entry.where)
+        if self._path and not entries and not unusable:
+            self._narrator.tell(Event.LISTED_NONE, path=self._path)
         said: dict[str, str] = {}
         first = True
         while True:
-            missing = [e for e in entries if first or self._registry.get(e.instance.url) is None]
+            missing = [each for each in entries if first or self._registry.get(each.instance.url) is None]
             await asyncio.gather(*(self._try(entry, said) for entry in missing))
             if first:
                 first = False
@@ -121,36 +138,42 @@ class Registrar:
         try:
             await self.register(entry)
             said.pop(url, None)
+            self._narrator.tell(Event.LISTED_REGISTERED, index=entry.index, url=url)
         except PenstockError as e:
             if said.get(url) != e.message:  # tried again for ever: said once
                 said[url] = e.message
-                logger.error("%s of %s is not registered yet: %s", url, self._path, e.message)
+                self._narrator.tell(
+                    Event.LISTED_NOT_REGISTERED, index=entry.index, url=url, path=self._path, error=e.message
+                )
 
 
-def read_entries(path: Path, splitwise: bool) -> tuple[list[Registration], list[str]]:
-    """The instances that a register.yaml lists, and a sentence for each thing in it that cannot be used."""
+class Unusable(NamedTuple):
+    """What of a register.yaml cannot be used."""
+
+    where: str
+    problem: str
+    place: int = -1
+    """Of an entry; -1 = it is the whole file."""
+
+
+def read_entries(path: Path, splitwise: bool) -> tuple[list[Registration], list[Unusable]]:
+    """The instances that a register.yaml lists, and what in it cannot be used."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-        return [], [f"cannot read {path}: {e}"]
+        return [], [Unusable(str(path), f"cannot be read: {e}")]
     listed = (tree.get("instances") or []) if isinstance(tree, dict) else tree or []
     if not isinstance(listed, list) or listed is tree:
-        return [], [f"{path}: `instances` must be a list"]
+        return [], [Unusable(str(path), "`instances` must be a list")]
     entries, unusable = [], []
     for index, fields in enumerate(listed):
         try:
-            entries.append(parse(fields, splitwise))
+            entries.append(msgspec.structs.replace(parse(fields, splitwise), index=index))
         except PenstockError as e:
-            unusable.append(f"{path}: instances[{index}]: {e.message}")
+            unusable.append(Unusable(f"{path}: instances[{index}]", e.message, index))
     return entries, unusable
 
 
 def answer(status: int, text: str, **more: object) -> tuple[int, bytes]:
     """FastDeploy's form, `code` and `msg`."""
     return status, msgspec.json.encode({"code": status, "msg": text, **more})
-
-
-def refusal(error: PenstockError) -> tuple[int, bytes]:
-    """FastDeploy's form and OpenAI's in one body."""
-    said = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
-    return answer(error.status, error.message, error=said)

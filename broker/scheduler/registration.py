@@ -37,11 +37,21 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     """With `engine` OPENAI as long as the kind is not known."""
     engine: EngineKind | None = None
     """As registered; None = to be found by probing."""
+    index: int = -1
+    """Its place in register.yaml; -1 = it came by itself."""
+    serves_any_model: bool = False
+    """Its models do not matter."""
 
     @property
     def names_models(self) -> bool:
-        """It lists its models, so the server is not asked for them."""
-        return bool(self.instance.models)
+        """The server is not asked for its models: it lists them, or they do not matter."""
+        return self.serves_any_model or bool(self.instance.models)
+
+    def taken_as(self, kind: EngineKind | None) -> Registration:
+        """With a kind for an engine that does not say its own, which is asked nothing more then."""
+        if kind is None or self.engine is not None:
+            return self
+        return msgspec.structs.replace(self, engine=kind, serves_any_model=True)
 
     @property
     def has_fastdeploy_fields(self) -> bool:

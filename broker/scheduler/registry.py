@@ -22,6 +22,7 @@ import msgspec
 from broker import wire
 from broker.config import Config
 from broker.errors import PenstockError
+from broker.faces import face_of
 from broker.scheduler.registration import MOST_CAPACITY, from_hello
 from broker.table import State
 from broker.types import Instance, LoadReport
@@ -92,7 +93,8 @@ class Registry:
         """Takes the table over: every survivor is a member again, as it was."""
         self._table = table
         self._splitwise = config.server.splitwise
-        self._failures = config.manager.health_failure_threshold
+        # Where a check is several probes at once, the first one that fails has the last word.
+        self._failures = 1 if face_of(config).probes_at_once else config.manager.health_failure_threshold
         self._successes = config.manager.health_success_threshold
         self._probe_ns = int(config.manager.health_check_interval_secs * SECOND_NS)
         self._covered_ns = 2 * (self._probe_ns + int(config.manager.health_check_timeout_secs * SECOND_NS))
@@ -237,7 +239,9 @@ class Registry:
             member.failures, member.successes = member.failures + 1, 0
             if member.failures >= self._failures and not member.instance.is_native:
                 self._set_healthy(member, False)
-        if ok is not member.healthy:
+        if not member.healthy and self._expire_ns == 0:
+            self._remove(member, now_ns, may_return=True)
+        elif ok is not member.healthy:
             member.probe_ns = now_ns + self._probe_ns // IN_DOUBT
         return member.healthy is not was
 

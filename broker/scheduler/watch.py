@@ -7,9 +7,12 @@ import time
 
 import msgspec
 
-from broker.config import Manager
+from broker import policies
+from broker.config import Config
 from broker.engines.pd.mooncake import asks_engine_ids, with_engine_ids
 from broker.errors import PenstockError
+from broker.faces import Event, face_of
+from broker.narrator import Narrator
 from broker.scheduler.collect import Collector, Errands
 from broker.scheduler.registry import SECOND_NS, Member, Registry
 from broker.scheduler.tally import Tally
@@ -25,11 +28,14 @@ MODELS_EVERY = 6
 class Watch:
     """Owner of the running questions; `close` ends them."""
 
-    def __init__(self, registry: Registry, collector: Collector, tally: Tally, manager: Manager) -> None:
+    def __init__(self, registry: Registry, collector: Collector, tally: Tally, config: Config) -> None:
+        face = face_of(config)
         self._registry = registry
         self._collector = collector
         self._tally = tally
-        self._poll_ns = int(manager.metrics_interval_secs * SECOND_NS)
+        self._narrator = Narrator(face, "scheduler")
+        self._polls = face.polls_unread or policies.read_reports(config.scheduler)
+        self._poll_ns = int(config.manager.metrics_interval_secs * SECOND_NS)
         self._errands = Errands()
 
     def turn(self, now_ns: int) -> None:
@@ -37,7 +43,7 @@ class Watch:
         for member in self._registry.due(now_ns):
             self._errands.start(("health of", member.instance.url), self._check(member))
         for member in self._registry:
-            if now_ns >= member.poll_ns and member.instance.metrics_url and member.healthy:
+            if self._polls and now_ns >= member.poll_ns and member.instance.metrics_url and member.healthy:
                 # The first time is put off by the slot, so that a fleet is not polled in one burst.
                 wait = self._poll_ns if member.poll_ns else self._poll_ns * (member.slot % 16) // 16
                 member.poll_ns = now_ns + wait
@@ -60,7 +66,7 @@ class Watch:
             self._tally.add(SchedulerEvent.HEALTH_CHECKS_FAILED)
         changed = self._registry.probed(member, healthy, time.monotonic_ns())
         if changed:
-            logger.warning("%s is %s", instance.url, member.state.name)
+            self._tell_change(member)
         member.checks += 1
         if healthy and asks_engine_ids(member.instance):
             renewed = with_engine_ids(member.instance, await self._collector.engine_ids(member.instance))
@@ -71,10 +77,18 @@ class Watch:
             if models and models != member.instance.models:
                 self._renew(member, msgspec.structs.replace(member.instance, models=models))
 
+    def _tell_change(self, member: Member) -> None:
+        url, role = member.instance.url, member.instance.role.name.lower()
+        if self._is_member(member):
+            self._narrator.tell(Event.HEALTH_CHANGED, url=url, state=member.state.name)
+        else:
+            self._narrator.tell(Event.REMOVED, url=url, role=role)
+
     async def _poll(self, member: Member) -> None:
         report = await self._collector.load(member.instance)
         if report is None:
             self._tally.add(SchedulerEvent.POLLS_FAILED)
+            self._narrator.tell(Event.POLL_FAILED, url=member.instance.url)
         elif self._is_member(member):
             self._registry.load(member.instance.url, report, time.monotonic_ns())
 
