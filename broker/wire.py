@@ -29,6 +29,8 @@ DEAD_AFTER_S = 2.5
 
 MAX_CONTROL_BYTES = 64 * 1024
 """A control message longer than this is dropped unread."""
+MAX_REPLY_BYTES = 4 * 1024 * 1024
+"""What a frontend takes from its own scheduler: an answer may list thousands of requests."""
 MAX_TRANSFER_BYTES = 7 * 1024
 """Opaque transfer metadata; the whole instance must fit 8 KiB of shared memory."""
 
@@ -77,6 +79,28 @@ class RoutingNotices(msgspec.Struct, frozen=True, array_like=True, tag=4):
     keys: bytes
 
 
+class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """`POST /v1/abort_requests`, body as it came. Answered by a `Reply`."""
+
+    call: int
+    body: bytes
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """Answer to `EndRequests`: what was ended here, as (id asked for, tokens its client had got)."""
+
+    ask: int
+    requests: list[tuple[str, int]]
+    more: bool = False
+    """Another message follows."""
+
+
+class CheckHealth(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """`GET /health_generate`: every prefill and decode instance is asked now. Answered by a `Reply`."""
+
+    call: int
+
+
 # -- scheduler -> frontend ---------------------------------------------------------------------------------
 
 
@@ -90,6 +114,14 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, tag=17):
     call: int
     status: int
     body: bytes
+
+
+class EndRequests(msgspec.Struct, frozen=True, array_like=True, tag=19):
+    """End these requests (`every`: all), wherever they are, and say which there were by `Ended`."""
+
+    ask: int
+    ids: list[str]
+    every: bool = False
 
 
 # -- engine -> scheduler -----------------------------------------------------------------------------------
@@ -217,8 +249,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="Load"):
     kv_permille: int = -1
 
 
-FrontendToScheduler = FrontendHello | Register | Drain | RoutingNotices
-SchedulerToFrontend = Welcome | Reply
+FrontendToScheduler = FrontendHello | Register | Drain | RoutingNotices | AbortRequests | Ended | CheckHealth
+SchedulerToFrontend = Welcome | Reply | EndRequests
 EngineToScheduler = EngineHello | EngineBeat | EngineGoodbye
 SchedulerToEngine = Accepted | Refused | SchedulerBeat | HelloAgain
 FrontendToEngine = DataHello | Ping | Request | Abort

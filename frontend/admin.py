@@ -46,16 +46,16 @@ class Admin:
 
     async def register(self, request: Request) -> Response:
         """200 means that every frontend sees the instance; the fields are the scheduler's to check."""
-        reply = await self._control.register(await _body(request))
-        return _passed_on(reply)
+        reply = await self._control.register(await body(request))
+        return passed_on(reply)
 
     async def drain(self, request: Request) -> Response:
         """`{"url": ..., "resume": false}`: no new requests to the instance, or again."""
         try:
-            asked = msgspec.json.decode(await _body(request), type=_Drain)
+            asked = msgspec.json.decode(await body(request), type=_Drain)
         except UNDECODABLE as e:
             raise BadRequest(f"the body must be like {{'url': '...', 'resume': false}}: {e}") from e
-        return _passed_on(await self._control.drain(asked.url, resume=asked.resume))
+        return passed_on(await self._control.drain(asked.url, resume=asked.resume))
 
     async def instances(self, request: Request) -> Response:
         now_ns = time.monotonic_ns()
@@ -133,11 +133,11 @@ def error_response(error: PenstockError, headers: Mapping[str, str] | None = Non
     return Response(errors.body(error), error.status, {**own, **(headers or {})})
 
 
-def _passed_on(reply: wire.Reply) -> Response:
+def passed_on(reply: wire.Reply) -> Response:
     return Response(reply.body, reply.status, media_type="application/json")
 
 
-async def _body(request: Request) -> bytes:
+async def body(request: Request) -> bytes:
     data = bytearray()
     try:
         async for part in request.stream():

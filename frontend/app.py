@@ -30,6 +30,7 @@ from frontend.breaker import Breaker
 from frontend.control import Control
 from frontend.dispatch import Dispatcher, make_policies
 from frontend.errors import MethodNotAllowed, NotFound, Stopping
+from frontend.fastdeploy import FastDeployRoutes
 from frontend.forward import Forwarder
 from frontend.metrics import Metrics
 from frontend.pair import Pairer
@@ -41,14 +42,19 @@ from frontend.watch import Watch
 logger = logging.getLogger("frontend")
 
 
-def application(inference: Inference, admin: Admin) -> Starlette:
+def application(inference: Inference, admin: Admin, fastdeploy: FastDeployRoutes) -> Starlette:
     """The routes. A path is what it is: no redirects for slashes, which would send clients their bodies again."""
     app = Starlette(
         routes=[
             Route("/v1/models", admin.models, methods=["GET"]),
             Route("/v1/models/{model:path}", admin.model, methods=["GET"]),
+            Route("/v1/abort_requests", fastdeploy.abort_requests, methods=["POST"]),
             Route("/v1/{rest:path}", inference, methods=["POST"]),
             Route("/register", admin.register, methods=["POST"]),
+            Route("/registered", fastdeploy.registered, methods=["GET"]),
+            Route("/registered_number", fastdeploy.registered_number, methods=["GET"]),
+            Route("/decode_instances", fastdeploy.decode_instances, methods=["GET"]),
+            Route("/health_generate", fastdeploy.health_generate, methods=["GET"]),
             Route("/drain", admin.drain, methods=["POST"]),
             Route("/instances", admin.instances, methods=["GET"]),
             Route("/endpoints", admin.endpoints, methods=["GET"]),
@@ -85,6 +91,7 @@ async def serve(
         dispatcher = Dispatcher(table, counters, make_policies(config, index), breaker)
         chooser = Pairer.over(table, dispatcher, loop) if config.server.splitwise else dispatcher
         forwarder = Forwarder(config, chooser, counters, http, native, loop)
+        control.end_requests = forwarder.end_requests
         admin = Admin(run_dir, config, table, control, Metrics(table, segment))
         inference = Inference(config, forwarder)
         drain_s = config.server.drain_secs
@@ -101,7 +108,7 @@ async def serve(
 
         server = Server(
             uvicorn.Config(
-                application(inference, admin),
+                application(inference, admin, FastDeployRoutes(table, control)),
                 http="httptools",
                 ws="none",
                 lifespan="off",

@@ -30,6 +30,8 @@ TICK_S = 0.1
 """How often beat and epoch are looked at; with the beat's limit of 1.5 s a call ends within 2 s of a death."""
 CALL_SLACK_S = 5.0
 """A registration takes at most one health check and this; then the scheduler is busy beyond reason."""
+ENDED_AT_ONCE = 100
+"""Requests named in one message: with ids of the most that are taken, it fits a control message."""
 _MARK = 1000
 _NOBLOCK = int(zmq.NOBLOCK)  # pyzmq's enum arithmetic costs more than the call
 _POLLIN = int(zmq.POLLIN)
@@ -54,7 +56,9 @@ class Control:
         loop: asyncio.AbstractEventLoop,
         on_epoch: Callable[[int], None],
     ) -> None:
-        """`on_epoch` hears of every new life of the scheduler."""
+        """`on_epoch` hears of every new life of the scheduler. Set `end_requests` before the loop goes on."""
+        self.end_requests: Callable[[list[str] | None], list[tuple[str, int]]] = lambda _: []
+        """Ends the requests of these names (None: all) and says which there were, and their tokens."""
         self._table = table
         self._who = index, life
         self._loop = loop
@@ -70,7 +74,7 @@ class Control:
         options = ((zmq.IMMEDIATE, 1), (zmq.LINGER, 0), (zmq.SNDHWM, _MARK), (zmq.RCVHWM, _MARK))
         for option, value in (*options, (zmq.RECONNECT_IVL, 50), (zmq.RECONNECT_IVL_MAX, 500)):
             self._socket.setsockopt(option, value)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_CONTROL_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_REPLY_BYTES)
         self._socket.connect(f"ipc://{run_dir}/control.sock")
         self._fd = int(self._socket.getsockopt(zmq.FD))
         loop.add_reader(self._fd, self._drain)
@@ -90,7 +94,15 @@ class Control:
         """Raises `SchedulerAway`."""
         return await self._call(lambda number: wire.Drain(number, url, resume))
 
-    async def _call(self, message: Callable[[int], wire.Register | wire.Drain]) -> wire.Reply:
+    async def abort_requests(self, body: bytes) -> wire.Reply:
+        """`POST /v1/abort_requests`, body as it came. Raises `SchedulerAway`."""
+        return await self._call(lambda number: wire.AbortRequests(number, body))
+
+    async def check_health(self) -> wire.Reply:
+        """`GET /health_generate`. Raises `SchedulerAway`."""
+        return await self._call(wire.CheckHealth)
+
+    async def _call(self, message: Callable[[int], wire.FrontendToScheduler]) -> wire.Reply:
         number = next(self._numbers)
         if not self._table.alive(time.monotonic_ns()) or not self._send(message(number)):
             raise _away()
@@ -123,17 +135,24 @@ class Control:
             except zmq.Again:
                 return
             try:
-                self._hear(wire.decode(wire.to_frontend, frames[-1]))
+                self._hear(wire.decode(wire.to_frontend, frames[-1], wire.MAX_REPLY_BYTES))
             except WireError as error:
                 self._bad_frames += 1
                 if self._bad_frames == 1:
                     logger.warning("dropped a message of the scheduler: %s", error)
 
     def _hear(self, message: wire.SchedulerToFrontend) -> None:
-        if isinstance(message, wire.Welcome):
-            self._welcomed = message.epoch
-        elif (pending := self._pending.get(message.call)) is not None and not pending.answer.done():
-            pending.answer.set_result(message)
+        match message:
+            case wire.Welcome(epoch=epoch):
+                self._welcomed = epoch
+            case wire.Reply(call=call):
+                if (pending := self._pending.get(call)) is not None and not pending.answer.done():
+                    pending.answer.set_result(message)
+            case wire.EndRequests(ask=ask, ids=ids, every=every):
+                ended = self.end_requests(None if every else ids)
+                for start in range(0, max(len(ended), 1), ENDED_AT_ONCE):
+                    rest = start + ENDED_AT_ONCE
+                    self._send(wire.Ended(ask, ended[start:rest], more=rest < len(ended)))
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(TICK_S, self._tick)

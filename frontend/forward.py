@@ -27,10 +27,12 @@ import time
 from collections.abc import Callable
 from enum import Enum, StrEnum
 
+from broker.aborting import by_name
 from broker.config import Config
 from broker.counters import CounterColumn, FrontendCounters, Histogram, TotalColumn
 from broker.counters import outcome as status_column
 from broker.errors import (
+    Aborted,
     EngineSaturated,
     ModelNotFound,
     NoInstance,
@@ -103,6 +105,20 @@ class Forwarder:
     def upstream(self, instance: Instance) -> Upstream:
         return self._native if instance.is_native else self._http
 
+    def end_requests(self, asked: list[str] | None) -> list[tuple[str, int]]:
+        """Ends those under way that somebody asked to abort (None: all), each with an explicit error.
+
+        Returns the ids as they were asked for, or the requests' own, and the tokens that their clients had got.
+        """
+        names = None if asked is None else by_name(asked)
+        ended = []
+        for forward in list(self.live):
+            ident = forward.ident if names is None else next((names[n] for n in forward.names if n in names), None)
+            if ident is not None:
+                ended.append((ident, forward.tokens_so_far))
+                forward.abort(Aborted("the request was aborted"))
+        return ended
+
     def end_all(self, error: PenstockError) -> None:
         """Ends every request under way, each with an explicit error."""
         for forward in list(self.live):
@@ -120,11 +136,13 @@ class Forward:
         "_bytes",
         "_call",
         "_choice",
+        "_events",
         "_first_byte",
         "_head",
         "_ident",
         "_last",
         "_model",
+        "_name",
         "_path",
         "_paused",
         "_shared",
@@ -142,6 +160,7 @@ class Forward:
     ) -> None:
         self._shared = shared
         self._ident = ident
+        self._name = request.request_id
         self._path = request.path
         self._model = route.model
         # Until the first byte, for the next attempt; then let go: a stream's prompt is not kept for its length.
@@ -159,11 +178,30 @@ class Forward:
         self._first_byte: float | None = None
         self._status = 0  # what the client was told, or would have been
         self._bytes = 0
+        self._events = 0
         self._last = self._tail = b""  # the last chunk and the one before it
 
     def __repr__(self) -> str:
         where = self._choice.where if self._choice else None
         return f"Forward({self._ident.decode()}, {self._state.name}, at={where}, attempts={self._attempts})"
+
+    @property
+    def ident(self) -> str:
+        """How it is called in an answer to `POST /v1/abort_requests`."""
+        return self._name or self._ident.decode("ascii")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which a client may know it."""
+        return (self._ident.decode("ascii"), self._name)
+
+    @property
+    def tokens_so_far(self) -> int:
+        """Tokens the client has got, by the events of its stream; 0 for an answer that comes at once.
+
+        Exact where an engine sends an event for each token (a chat's first one names the role).
+        """
+        return max(0, self._events - ("/chat/" in self._path))
 
     # -- the client's side -------------------------------------------------------------------------------------
 
@@ -225,6 +263,7 @@ class Forward:
             self._flow()
         self._touched = self._shared.clock()
         self._bytes += len(data)
+        self._events += data.count(b"data:")  # 60 ns; where tokens must be told before the engine says its usage
         self._tail, self._last = self._last, data
         if self._state is State.FLOWING:  # the client's sink may have given up on hearing the status
             self._sink.write(data)

@@ -32,6 +32,8 @@ logger = logging.getLogger("frontend")
 
 _UNTIL_CLOSE = -1
 """Instead of a length: HTTP/1.0 knows no chunks, so the connection's end is the body's."""
+NOT_INFERENCE = b"/v1/abort_requests"
+"""The one POST below /v1/ that is not for an instance."""
 _BODILESS = frozenset((204, 304))
 
 
@@ -45,9 +47,11 @@ class Lean:
         self._lines = b""
 
     def takes(self, method: bytes, url: bytes) -> bool:
-        """Whether a request may go the lean way: any `POST /v1/…`. What is not beyond doubt (an escaped path, a
+        """Whether a request may go the lean way: any `POST /v1/…` but one. What is not beyond doubt (an escaped path, a
         fragment) goes to starlette, which reads it alike."""
-        return method == b"POST" and url.startswith(b"/v1/") and b"%" not in url and b"#" not in url
+        if method != b"POST" or not url.startswith(b"/v1/") or url.startswith(NOT_INFERENCE):
+            return False
+        return b"%" not in url and b"#" not in url
 
     def default_lines(self) -> bytes:
         """The headers that the server adds to every answer, as they are written. uvicorn makes them once a second."""

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from broker import wire
 from broker.config import Config
 from broker.errors import ConfigError, WireError
 from broker.port import Frames, Port
+from broker.scheduler.aborts import Aborts
 from broker.scheduler.collect import Collector
 from broker.scheduler.events import LoadFeed, Source
+from broker.scheduler.inquiry import check_pairs
 from broker.scheduler.registrar import Registrar, answer
 from broker.scheduler.registry import Registry
 from broker.scheduler.tally import Tally
@@ -79,6 +81,10 @@ class Scheduler:
             self._watch = Watch(self._registry, collector, self._tally, self._config.manager)
             stack.push_async_callback(self._watch.close)
             self._registrar = Registrar(self._registry, collector, self._tally, self._config)
+            self._collector = collector
+            self._aborts = Aborts(
+                self._registry, collector, lambda peer, message: self._send(self._frontends, peer, message)
+            )
             self._open(stack)
             stack.push_async_callback(self._end_answers)
             # A task that fails ends the process: better a restart than half a scheduler.
@@ -140,23 +146,30 @@ class Scheduler:
         except Exception:  # one peer's message must not end the drain of everybody's
             logger.exception("%s: failed on a message of peer %s", name, peer.hex())
 
-    def _send(self, port: Port, peer: bytes, message: wire.SchedulerToFrontend | wire.SchedulerToEngine) -> None:
+    def _send(self, port: Port, peer: bytes, message: wire.SchedulerToFrontend | wire.SchedulerToEngine) -> bool:
         try:
             port.send([peer, wire.encode(message)])
+            return True
         except zmq.ZMQError as e:  # Again: it takes no more; EHOSTUNREACH: it is gone. Both say their piece again.
             self._tally.add(SchedulerEvent.REPLIES_DROPPED)
             logger.debug("no reply to peer %s: %s", peer.hex(), e)
+            return False
 
     # -- frontends ---------------------------------------------------------------------------------------------
 
     def _from_frontend(self, peer: bytes, frame: bytes) -> None:
         match wire.decode(wire.from_frontend, frame, MAX_FRAME_BYTES):
             case wire.FrontendHello():
+                self._aborts.enter(peer)
                 self._send(self._frontends, peer, wire.Welcome(self._table.epoch))
             case wire.Register(call=call, body=body):
-                task = self._loop.create_task(self._register(peer, call, body))
-                self._answering.add(task)
-                task.add_done_callback(self._answering.discard)
+                self._answer(peer, call, self._registrar.answer(body))
+            case wire.AbortRequests(call=call, body=body):
+                self._answer(peer, call, self._aborts.answer(body))
+            case wire.Ended() as ended:
+                self._aborts.heard(peer, ended)
+            case wire.CheckHealth(call=call):
+                self._answer(peer, call, self._check_pairs())
             case wire.Drain(call=call, url=url, resume=resume):
                 member = self._registry.drain(url, resume)
                 if member is None:
@@ -166,9 +179,19 @@ class Scheduler:
                     status, answer_body = answer(200, "success", url=url, state=member.state.name.lower())
                 self._send(self._frontends, peer, wire.Reply(call, status, answer_body))
 
-    async def _register(self, peer: bytes, call: int, body: bytes) -> None:
-        status, answer_body = await self._registrar.answer(body)
-        self._send(self._frontends, peer, wire.Reply(call, status, answer_body))
+    async def _check_pairs(self) -> tuple[int, bytes]:
+        await check_pairs(self._registry, self._collector, self._config.manager)
+        return answer(200, "Health check complete")
+
+    def _answer(self, peer: bytes, call: int, answering: Coroutine[Any, Any, tuple[int, bytes]]) -> None:
+        """Replies to a call when its answer is there."""
+
+        async def reply() -> None:
+            self._send(self._frontends, peer, wire.Reply(call, *await answering))
+
+        task = self._loop.create_task(reply())
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
 
     async def _end_answers(self) -> None:
         for task in list(self._answering):

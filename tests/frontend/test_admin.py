@@ -22,6 +22,7 @@ from frontend.admin import MAX_BODY_BYTES, Admin
 from frontend.api import Inference
 from frontend.app import application
 from frontend.control import Control
+from frontend.fastdeploy import FastDeployRoutes
 from frontend.metrics import CONTENT_TYPE, Metrics
 from tests.frontend.asgi import Exchange, ask
 from tests.frontend.fakes import Client, Frontend
@@ -63,7 +64,11 @@ class Site:
             cast("Control", self.control),
             self.metrics,
         )
-        self.app: Starlette = application(Inference(frontend.config, frontend.forwarder), admin)
+        self.app: Starlette = application(
+            Inference(frontend.config, frontend.forwarder),
+            admin,
+            FastDeployRoutes(frontend.run.reader, cast("Control", self.control)),
+        )
         frontend.run.writer.mark_ready()
         frontend.run.writer.beat(time.monotonic_ns())
 

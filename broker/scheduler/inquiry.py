@@ -1,0 +1,39 @@
+"""`GET /health_generate`: every prefill and decode instance is asked for its health now, and nothing is concluded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from broker.config import Manager
+from broker.scheduler.collect import JOIN_S, Collector
+from broker.scheduler.registry import Member, Registry
+from broker.types import Role
+
+logger = logging.getLogger("scheduler")
+
+
+async def check_pairs(registry: Registry, collector: Collector, manager: Manager) -> list[tuple[Member, bool]]:
+    """All at once; one good answer of `health-failure-threshold` is enough, as for a member that is in doubt."""
+    members = [member for member in registry if member.instance.role is not Role.MIXED]
+    healthy = await asyncio.gather(*(_is_healthy(member, collector, manager) for member in members))
+    for member, well in zip(members, healthy, strict=True):
+        logger.log(logging.INFO if well else logging.WARNING, "Server %s is %s", member.instance.url, _WORDS[well])
+    return list(zip(members, healthy, strict=True))
+
+
+_WORDS = {True: "healthy", False: "not healthy"}
+
+
+async def _is_healthy(member: Member, collector: Collector, manager: Manager) -> bool:
+    instance = member.instance
+    try:
+        async with asyncio.timeout(manager.health_check_timeout_secs + JOIN_S):
+            if instance.is_native:
+                return await collector.incarnation(instance) == instance.incarnation
+            for _ in range(manager.health_failure_threshold):
+                if await collector.is_healthy(instance):
+                    return True
+    except TimeoutError:
+        pass
+    return False
