@@ -25,6 +25,7 @@ import zmq
 from broker import wire
 from broker.config import Config
 from broker.errors import ConfigError, WireError
+from broker.faces import face_of
 from broker.port import Frames, Port
 from broker.scheduler.aborts import Aborts
 from broker.scheduler.collect import Collector
@@ -77,8 +78,10 @@ class Scheduler:
         """
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._context.term)
-            collector = await stack.enter_async_context(Collector(self._config.manager, self._context))
-            self._watch = Watch(self._registry, collector, self._tally, self._config.manager)
+            collector = await stack.enter_async_context(
+                Collector(self._config.manager, self._context, face_of(self._config))
+            )
+            self._watch = Watch(self._registry, collector, self._tally, self._config)
             stack.push_async_callback(self._watch.close)
             self._registrar = Registrar(self._registry, collector, self._tally, self._config)
             self._collector = collector
