@@ -9,7 +9,7 @@ from pathlib import Path
 
 import uvloop
 
-from broker import config, log
+from broker import config, files, log
 from broker.faces import face_of
 from frontend.app import serve
 
@@ -27,6 +27,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = config.parse((given.run_dir / "config.json").read_bytes())
     log.setup(settings.log, f"frontend-{given.index}", face_of(settings))
+    files.allow_most()
     tame_collector()
     uvloop.run(serve(given.run_dir, settings, given.index, given.life, given.listen_fd, given.ready_fd, given.alive_fd))
 

@@ -7,14 +7,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
 
 import uvloop
 
-from broker import config, log
+from broker import config, files, log
 from broker.errors import PenstockError
 from broker.faces import face_of
 from broker.scheduler.process import Scheduler
@@ -34,9 +33,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = config.parse((args.run_dir / "config.json").read_bytes())
     log.setup(settings.log, "scheduler", face_of(settings))
-    # A few descriptors per instance; the usual soft limit of 1,024 is meant for programs that use select().
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    files.allow_most()
     try:
         with (
             contextlib.closing(TableWriter.attach(args.run_dir, settings)) as table,

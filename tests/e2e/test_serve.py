@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
 from tests.support.processes import Fleet, free_port
@@ -124,6 +126,18 @@ def test_sighups_that_come_during_a_swap_are_one_more_swap(tmp_path: Path) -> No
             until(another, lambda: f"a new frontend: {fleet.supervisor.output}", 30.0)
         until(lambda: len(frontends()) == 2 and len(seen | frontends()) >= 6, lambda: fleet.supervisor.output, 30.0)
         assert fleet.post("/v1/completions", {"prompt": "Hello", "max_tokens": 2})[0] == 200
+
+
+def test_the_usual_limit_of_open_files_is_none_for_the_server(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = before[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, most))
+    try:
+        with Fleet(tmp_path, workers=1) as fleet:
+            limits = {name: process.rlimit(psutil.RLIMIT_NOFILE) for name, process in fleet.processes().items()}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert limits == {"scheduler": (most, most), "frontend-0": (most, most)}
 
 
 def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path: Path) -> None:
