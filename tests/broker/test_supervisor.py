@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from broker import config
 from broker.child import Child
-from broker.supervisor import StartError, Supervisor, make_segments
+from broker.supervisor import KEEPALIVE, StartError, Supervisor, listening_socket, make_segments
+from tests.support.processes import free_port
 
 
 def child(name: str, row: int) -> Child:
@@ -35,3 +37,14 @@ def test_a_directory_that_cannot_hold_the_settings_stops_the_start_with_a_senten
     (tmp_path / "config.json").mkdir()  # as good as a mount that the segments have filled to the last page
     with pytest.raises(StartError, match=r"shm\.dir: cannot write .*config\.json"):
         make_segments(tmp_path, config.build({"shm": {"slots": 8, "frontends": 1}}))
+
+
+def test_a_client_that_vanishes_without_a_word_is_noticed() -> None:
+    """Without it, a request that is not streamed keeps its instance as long as the instance works for nobody."""
+    with listening_socket(config.build({"server": {"host": "127.0.0.1", "port": free_port()}})) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()):
+            listener.setblocking(True)
+            accepted, _ = listener.accept()
+            with accepted:
+                assert [accepted.getsockopt(level, option) for level, option, _ in KEEPALIVE] == [1, 60, 15, 4]
