@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from broker import batched
 from broker.config import Config
 from broker.counters import FrontendCounters, attach_counters
 from broker.errors import PenstockError
@@ -75,6 +76,8 @@ async def serve(
     quiet_uvicorn()
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
+        batched.start(loop)
+        stack.callback(batched.stop)
         table = TableReader.attach(run_dir, config)
         stack.callback(table.close)
         segment = stack.enter_context(attach_counters(run_dir, config))
