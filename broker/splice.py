@@ -67,7 +67,7 @@ def edit_members(body: bytes, changes: Mapping[str, bytes | None]) -> bytes:
         if value is not None:
             # What stands before a value: ` , "n" : `. Once those before it are gone, the comma goes, too.
             before = body[at:start]
-            pieces += (before if pieces else before.lstrip(b", \t\n\r"), value)
+            pieces += (before if pieces or at == first else before.lstrip(b", \t\n\r"), value)
         at = end
     for name, new in added.items():
         if new is not None:
