@@ -15,6 +15,7 @@ from starlette.responses import Response
 from broker import wire
 from broker.config import Config
 from broker.errors import UNDECODABLE, BadRequest, BodyTooLarge, ModelNotFound, PenstockError
+from broker.faces import Face, face_of
 from broker.table import State
 from broker.types import Role
 from broker.view import TableReader
@@ -37,6 +38,7 @@ class Admin:
     def __init__(self, run_dir: Path, config: Config, table: TableReader, control: Control, metrics: Metrics) -> None:
         self._run_dir = run_dir
         self._config = config
+        self._face = face_of(config)
         self._table = table
         self._control = control
         self._metrics = metrics
@@ -47,7 +49,7 @@ class Admin:
     async def register(self, request: Request) -> Response:
         """200 means that every frontend sees the instance; the fields are the scheduler's to check."""
         reply = await self._control.register(await body(request))
-        return passed_on(reply)
+        return passed_on(reply, self._face)
 
     async def drain(self, request: Request) -> Response:
         """`{"url": ..., "resume": false}`: no new requests to the instance, or again."""
@@ -55,7 +57,7 @@ class Admin:
             asked = msgspec.json.decode(await body(request), type=_Drain)
         except UNDECODABLE as e:
             raise BadRequest(f"the body must be like {{'url': '...', 'resume': false}}: {e}") from e
-        return passed_on(await self._control.drain(asked.url, resume=asked.resume))
+        return passed_on(await self._control.drain(asked.url, resume=asked.resume), self._face)
 
     async def instances(self, request: Request) -> Response:
         now_ns = time.monotonic_ns()
@@ -127,14 +129,13 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
     return Response(msgspec.json.encode(content), status, headers, "application/json")
 
 
-def error_response(error: PenstockError, headers: Mapping[str, str] | None = None) -> Response:
-    """OpenAI's error form."""
-    own = {name.decode(): value.decode() for name, value in errors.headers(error)}
-    return Response(errors.body(error), error.status, {**own, **(headers or {})})
+def error_response(error: PenstockError, face: Face) -> Response:
+    status, data, found = errors.whole(error, face)
+    return Response(data, status, {name.decode(): value.decode() for name, value in found})
 
 
-def passed_on(reply: wire.Reply) -> Response:
-    return Response(reply.body, reply.status, media_type="application/json")
+def passed_on(reply: wire.Reply, face: Face) -> Response:
+    return Response(reply.body, reply.status, {"content-type": face.json_kind})
 
 
 async def body(request: Request) -> bytes:

@@ -7,6 +7,7 @@ import asyncio
 from starlette.types import Message, Receive, Send
 
 from broker.errors import PenstockError
+from broker.faces import PENSTOCK, Face
 from frontend import errors, headers
 from frontend.forward import Forward
 from frontend.upstream.base import Headers
@@ -27,6 +28,7 @@ class Answer:
         "_chunks",
         "_ended",
         "_error",
+        "_face",
         "_forward",
         "_gone",
         "_head",
@@ -38,9 +40,10 @@ class Answer:
         "_waiter",
     )
 
-    def __init__(self, ident: bytes, bound: int = PAUSE_AT) -> None:
-        """`bound`: what one slow client may hold, in bytes."""
+    def __init__(self, ident: bytes, bound: int = PAUSE_AT, face: Face = PENSTOCK) -> None:
+        """`ident`: what the answer is called, or nothing; `bound`: what one slow client may hold, in bytes."""
         self._ident = ident
+        self._face = face
         self._pause_at = min(PAUSE_AT, bound)
         self._forward: Forward | None = None
         self._head: tuple[int, Headers] | None = None
@@ -88,7 +91,7 @@ class Answer:
     def fail(self, error: PenstockError) -> None:
         self._error = error
         if self._head is not None and takes_events(self._head[1]):
-            self._chunks.append(last_event(error, self._last))
+            self._chunks.append(last_event(error, self._last, self._face))
             self._error = None
         self._ended = True
         self._wake()
@@ -100,7 +103,7 @@ class Answer:
             await self._more()
         if self._head is None:
             if self._error is not None and not self._gone:
-                await send_error(send, self._error, self._ident)
+                await send_error(send, self._error, self._ident, self._face)
             return
         status, found = self._head
         await send({"type": "http.response.start", "status": status, "headers": headers.for_client(found, self._ident)})
@@ -145,23 +148,23 @@ class Answer:
             self._waiter.set_result(None)
 
 
-async def send_error(send: Send, error: PenstockError, ident: bytes = b"") -> None:
+async def send_error(send: Send, error: PenstockError, ident: bytes = b"", face: Face = PENSTOCK) -> None:
     """A whole answer made of an error."""
-    data, found = whole_error(error, ident)
-    await send({"type": "http.response.start", "status": error.status, "headers": found})
+    status, data, found = whole_error(error, ident, face)
+    await send({"type": "http.response.start", "status": status, "headers": found})
     await send({"type": "http.response.body", "body": data})
 
 
 # -- what both paths say of an error ---------------------------------------------------------------------------
 
 
-def whole_error(error: PenstockError, ident: bytes = b"") -> tuple[bytes, Headers]:
-    """Body and headers of an answer made of an error."""
-    data = errors.body(error)
-    found = [*errors.headers(error), (b"content-length", b"%d" % len(data))]
+def whole_error(error: PenstockError, ident: bytes, face: Face) -> tuple[int, bytes, Headers]:
+    """Status, body and headers of an answer made of an error."""
+    status, data, found = errors.whole(error, face)
+    found.append((b"content-length", b"%d" % len(data)))
     if ident:
         found.append((headers.REQUEST_ID, ident))
-    return data, found
+    return status, data, found
 
 
 def takes_events(found: Headers) -> bool:
@@ -174,7 +177,7 @@ def takes_events(found: Headers) -> bool:
     )
 
 
-def last_event(error: PenstockError, last: bytes) -> bytes:
+def last_event(error: PenstockError, last: bytes, face: Face) -> bytes:
     """The error as the event that follows `last`, the bytes sent last; ends the one that was left half written."""
     cut = b"" if last.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n"
-    return cut + errors.event(error)
+    return cut + errors.event(error, face)

@@ -15,11 +15,13 @@ from broker.config import Config
 from broker.counters import TotalColumn
 from broker.engines.pd import request_id
 from broker.errors import BadRequest, BodyTooLarge, PairsOnly
+from broker.faces import face_of
 from broker.splice import replace_member
 from broker.types import RouteRequest
 from frontend import body, headers
 from frontend.answer import Answer, send_error
 from frontend.forward import Forward, Forwarder, access, count_response, printable
+from frontend.story import Stories, Story
 from frontend.upstream.base import Headers, Sink, UpstreamRequest
 
 _OPAQUE = (b"multipart/", b"audio/", b"image/", b"video/", b"application/octet-stream")
@@ -38,7 +40,10 @@ class ClientGone(Exception):
 class Inference:
     """The inference routes of one frontend; an ASGI application."""
 
-    def __init__(self, config: Config, forwarder: Forwarder) -> None:
+    def __init__(self, config: Config, forwarder: Forwarder, stories: Stories | None = None) -> None:
+        self.face = face_of(config)
+        self._stories = stories
+        self._parse = body.parser(self.face)
         self.limit = config.server.max_body_bytes
         self.bound = config.upstream.stream_buffer_bytes
         """What one slow client may hold, in bytes."""
@@ -48,12 +53,12 @@ class Inference:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ident = headers.request_id(scope["headers"])
-        answer = Answer(ident, self.bound)
+        answer = Answer(self.shown(ident), self.bound, self.face)
         try:
             forward = await self._read(scope, receive, ident, answer)
         except BadRequest as error:
-            self.refuse(scope["path"], ident, error)
-            await send_error(send, error, ident)
+            self.refuse(scope["path"], ident, error, _client(scope))
+            await send_error(send, error, self.shown(ident), self.face)
         except ClientGone:
             pass
         else:
@@ -63,28 +68,48 @@ class Inference:
         """The request as it will go out. A function of its own: its locals, the body among them, end with it, and
         not with the answer's last byte."""
         data = await read_body(scope, receive, self.limit)
-        return self.forward(scope["path"], _target(scope), scope["headers"], data, ident, answer)
+        return self.forward(scope["path"], _target(scope), scope["headers"], data, ident, answer, _client(scope))
 
-    def forward(self, path: str, target: str, found: Headers, data: bytes, ident: bytes, sink: Sink) -> Forward:
+    def serves(self, path: str) -> bool:
+        """Whether it is one of the face's routes."""
+        return self.face.paths is None or path in self.face.paths
+
+    def shown(self, ident: bytes) -> bytes:
+        """What engine and client hear of a request's id: nothing, if the face gives requests no names."""
+        return ident if self.face.names_requests else b""
+
+    def forward(
+        self, path: str, target: str, found: Headers, data: bytes, ident: bytes, sink: Sink, client: str = ""
+    ) -> Forward:
         """The request as it will go out, its answer to `sink`; not begun yet. `target` is path and query as the client
-        wrote them. Raises `BadRequest`."""
+        wrote them, `client` its address. Raises `BadRequest`."""
         name = self._paired(path, data) if self._pairs else ""
         session = _value(found, b"x-session-id").decode("latin-1") or None
         stream = False
+        story: Story | None = None
         if path in _ALWAYS_JSON or not _value(found, b"content-type").lower().startswith(_OPAQUE):
-            read = body.parse(data)
+            read = self._parse(data)
             model, stream = read.model, bool(read.stream)
             if model is not None and (meant := self._aliases.get(model)) is not None:
                 model = meant
                 data = replace_member(data, "model", msgspec.json.encode(meant))
-            text, tokens = read.text()
+            text, tokens = read.text(self.face.estimate)
+            if self._stories is not None:
+                trace = _value(found, b"x_bd_logid").decode("latin-1")
+                tags = (("trace_id", trace), *read.tags(), ("request_id", name))
+                story = self._stories.begin("POST", path, client, tags)
+                story.parsed()
             route = RouteRequest(model=model, session=read.session() or session, prompt=text, prompt_tokens=tokens)
         else:
             route = RouteRequest(session=session)
         request = UpstreamRequest(
-            path=target, headers=headers.for_engine(found, ident), body=data, stream=stream, request_id=name
+            path=target,
+            headers=headers.for_engine(found, self.shown(ident)),
+            body=data,
+            stream=stream,
+            request_id=name,
         )
-        return self._forwarder.forward(ident, route, request, sink)
+        return self._forwarder.forward(ident, route, request, sink, story)
 
     def _paired(self, path: str, data: bytes) -> str:
         """FastDeploy's name of a request for a pair. Raises `BadRequest` for what pairs cannot do."""
@@ -95,12 +120,16 @@ class Inference:
             )
         return request_id(data, refuse=True)
 
-    def refuse(self, path: str, ident: bytes, error: BadRequest) -> None:
+    def refuse(self, path: str, ident: bytes, error: BadRequest, client: str = "") -> None:
         """Counts a request of which nothing is forwarded, and writes its log line."""
         counters = self._forwarder.counters
+        status = self.face.error(error).status
         counters.count(TotalColumn.REJECTED)
-        count_response(counters, error.status)
-        access.info("id=%s path=%s status=%d outcome=rejected", ident.decode("ascii"), printable(path), error.status)
+        count_response(counters, status)
+        if self._stories is not None:
+            self._stories.begin("POST", path, client).ended(status, 0.0, completed=False)
+        else:
+            access.info("id=%s path=%s status=%d outcome=rejected", ident.decode("ascii"), printable(path), status)
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
@@ -137,6 +166,11 @@ def too_large(limit: int) -> BodyTooLarge:
 def _value(found: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     """The first value of a header, or nothing."""
     return next((value for key, value in found if key == name), b"")
+
+
+def _client(scope: Scope) -> str:
+    client = scope.get("client")
+    return client[0] if client else ""
 
 
 def _target(scope: Scope) -> str:

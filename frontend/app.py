@@ -15,27 +15,29 @@ import uvicorn
 import zmq
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 
 from broker import batched
 from broker.config import Config
 from broker.counters import FrontendCounters, attach_counters
 from broker.errors import PenstockError
+from broker.faces import face_of
 from broker.view import TableReader
 from frontend.accept import Evenness
-from frontend.admin import Admin, error_response
+from frontend.admin import Admin
+from frontend.admission import Admission
 from frontend.api import Inference
 from frontend.breaker import Breaker
 from frontend.control import Control
 from frontend.dispatch import Dispatcher, make_policies
-from frontend.errors import MethodNotAllowed, NotFound, Stopping
+from frontend.errors import Stopping
 from frontend.fastdeploy import FastDeployRoutes
 from frontend.forward import Forwarder
 from frontend.metrics import Metrics
+from frontend.outside import Outside, Told
 from frontend.pair import Pairer
 from frontend.server import KEEP_ALIVE_S, Server, quiet_uvicorn
+from frontend.story import Stories
 from frontend.upstream.http import HttpUpstream
 from frontend.upstream.zmq import ZmqUpstream
 from frontend.watch import Watch
@@ -44,26 +46,33 @@ logger = logging.getLogger("frontend")
 
 
 def application(inference: Inference, admin: Admin, fastdeploy: FastDeployRoutes) -> Starlette:
-    """The routes. A path is what it is: no redirects for slashes, which would send clients their bodies again."""
+    """The routes that the face has, and what it says where there is none."""
+    outside = Outside(inference.face, "frontend")
     app = Starlette(
-        routes=[
-            Route("/v1/models", admin.models, methods=["GET"]),
-            Route("/v1/models/{model:path}", admin.model, methods=["GET"]),
-            Route("/v1/abort_requests", fastdeploy.abort_requests, methods=["POST"]),
-            Route("/v1/{rest:path}", inference, methods=["POST"]),
-            Route("/register", admin.register, methods=["POST"]),
-            Route("/registered", fastdeploy.registered, methods=["GET"]),
-            Route("/registered_number", fastdeploy.registered_number, methods=["GET"]),
-            Route("/decode_instances", fastdeploy.decode_instances, methods=["GET"]),
-            Route("/health_generate", fastdeploy.health_generate, methods=["GET"]),
-            Route("/drain", admin.drain, methods=["POST"]),
-            Route("/instances", admin.instances, methods=["GET"]),
-            Route("/endpoints", admin.endpoints, methods=["GET"]),
-            Route("/health", admin.health, methods=["GET"]),
-            Route("/ready", admin.ready, methods=["GET"]),
-            Route("/metrics", admin.metrics, methods=["GET"]),
-        ],
-        exception_handlers={HTTPException: _no_route, PenstockError: _refused, Exception: _internal},
+        routes=outside.kept(
+            [
+                Route("/v1/models", admin.models, methods=["GET"]),
+                Route("/v1/models/{model:path}", admin.model, methods=["GET"]),
+                Route("/v1/abort_requests", fastdeploy.abort_requests, methods=["POST"]),
+                Route("/v1/{rest:path}", inference, methods=["POST"]),
+                Route("/register", admin.register, methods=["POST"]),
+                Route("/registered", fastdeploy.registered, methods=["GET"]),
+                Route("/registered_number", fastdeploy.registered_number, methods=["GET"]),
+                Route("/decode_instances", fastdeploy.decode_instances, methods=["GET"]),
+                Route("/health_generate", fastdeploy.health_generate, methods=["GET"]),
+                Route("/drain", admin.drain, methods=["POST"]),
+                Route("/instances", admin.instances, methods=["GET"]),
+                Route("/endpoints", admin.endpoints, methods=["GET"]),
+                Route("/health", admin.health, methods=["GET"]),
+                Route("/ready", admin.ready, methods=["GET"]),
+                Route("/metrics", admin.metrics, methods=["GET"]),
+            ]
+        ),
+        exception_handlers={
+            HTTPException: outside.no_route,
+            PenstockError: outside.refused,
+            Exception: outside.internal,
+        },
     )
     app.router.redirect_slashes = False
     return app
@@ -87,16 +96,26 @@ async def serve(
         http, native = HttpUpstream(config), ZmqUpstream(context, config)
         stack.callback(native.close)
         stack.callback(http.close)
-        control = Control(run_dir, config, table, index, life, context, loop, native.resync)
+
+        def on_epoch(epoch: int) -> None:
+            native.resync(epoch)
+            admission.offer_again()
+
+        control = Control(run_dir, config, table, index, life, context, loop, on_epoch)
         stack.callback(control.close)
         stack.callback(Watch(table, http, native, loop).close)
         breaker = Breaker(config.upstream.breaker_failures, config.upstream.breaker_secs)
         dispatcher = Dispatcher(table, counters, make_policies(config, index), breaker)
-        chooser = Pairer.over(table, dispatcher, loop) if config.server.splitwise else dispatcher
+        admission = Admission(config, table, dispatcher, counters, life, loop, control.offer)
+        stack.callback(admission.close)
+        control.on_grants = admission.hear
+        chooser = Pairer.over(table, dispatcher, loop) if config.server.splitwise else admission
         forwarder = Forwarder(config, chooser, counters, http, native, loop)
         control.end_requests = forwarder.end_requests
         admin = Admin(run_dir, config, table, control, Metrics(table, segment))
-        inference = Inference(config, forwarder)
+        face = face_of(config)
+        stories = Stories.of(face, table.counters)
+        inference = Inference(config, forwarder, stories)
         drain_s = config.server.drain_secs
 
         def on_ready() -> None:
@@ -111,7 +130,10 @@ async def serve(
 
         server = Server(
             uvicorn.Config(
-                application(inference, admin, FastDeployRoutes(table, control)),
+                Told(
+                    application(inference, admin, FastDeployRoutes(table, control, face)),
+                    stories,
+                ),
                 http="httptools",
                 ws="none",
                 lifespan="off",
@@ -143,21 +165,3 @@ async def serve(
             loop.add_reader(alive_fd, stop)
         await server.serve(sockets=[])
         forwarder.end_all(too_late)  # whoever's client did not even take that
-
-
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = request.url.path
-    if error.status_code == 405:
-        return error_response(MethodNotAllowed(f"{request.method} is not allowed for {path}"), error.headers)
-    return error_response(NotFound(f"there is nothing at {path}"))
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, PenstockError)
-    return error_response(error)
-
-
-async def _internal(request: Request, error: Exception) -> Response:
-    """The outermost net: starlette raises the error again after this answer, and uvicorn logs it."""
-    return error_response(PenstockError("internal error"))

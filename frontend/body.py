@@ -7,14 +7,16 @@ and ignored where it is not: whether a request makes sense is for the engine to 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from broker.errors import UNDECODABLE, BadRequest
+from broker.faces import PENSTOCK, Estimate, Face
+from broker.faces.go import complaint
 
-BYTES_PER_TOKEN = 4
-"""The estimate for text; token-id lists are counted exactly."""
+Estimator = Callable[[list[str], int], Estimate]
 
 
 class Body(msgspec.Struct, gc=False):
@@ -30,16 +32,65 @@ class Body(msgspec.Struct, gc=False):
     def session(self) -> str | None:
         return str(self.session_id) if isinstance(self.session_id, str | int) and self.session_id != "" else None
 
-    def text(self) -> tuple[str, int]:
+    def text(self, estimate: Estimator = PENSTOCK.estimate) -> Estimate:
         """The prompt's text, and its estimated tokens."""
         texts: list[str] = []
         ids = _collect(self.messages, texts) + _collect(self.prompt, texts) + _collect(self.input, texts)
-        text = texts[0] if len(texts) == 1 else "\n".join(texts)
-        size = sum(map(_utf8_bytes, texts))
-        return text, ids - (-size // BYTES_PER_TOKEN)
+        return estimate(texts, ids)
+
+    def tags(self) -> tuple[tuple[str, str], ...]:
+        """What others call the request, by the names that log lines have for it."""
+        return ()
+
+
+class FreeBody(Body, gc=False):
+    """The members that matter to a face that leaves their types to the engine."""
+
+    model: Any = None
+    stream: Any = None
+    req_id: Any = None
+    extra_body: Any = None
+
+    def session(self) -> str | None:
+        extra = self.extra_body if isinstance(self.extra_body, dict) else {}
+        return _word(self.session_id) or _word(extra.get("session_id")) or None
+
+    def tags(self) -> tuple[tuple[str, str], ...]:
+        return ("req_id", _word(self.req_id)), ("session_id", self.session() or "")
 
 
 _decoder = msgspec.json.Decoder(Body)
+_free_decoder = msgspec.json.Decoder(FreeBody | None)
+
+
+def parser(face: Face) -> Callable[[bytes], Body]:
+    """`parse` or `parse_freely`, as the face wants it."""
+    return parse if face.checks_body else parse_freely
+
+
+def parse_freely(data: bytes) -> FreeBody:
+    """Raises `BadRequest` for what is neither a JSON object nor null, in the words of a Go program."""
+    try:
+        read = _free_decoder.decode(data) or FreeBody()
+    except UNDECODABLE:
+        read = FreeBody(**_members(data, FreeBody))
+    read.model = read.model if isinstance(read.model, str) else None
+    read.stream = read.stream is True
+    return read
+
+
+def _members(data: bytes, kind: type[Body]) -> dict[str, Any]:
+    try:
+        tree = json.loads(data.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise BadRequest(complaint(data, "map[string]interface {}")) from e
+    if not isinstance(tree, dict):
+        raise BadRequest(complaint(data, "map[string]interface {}"))
+    return {name: tree.get(name) for name in kind.__struct_fields__}
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def parse(data: bytes) -> Body:
@@ -87,7 +138,3 @@ def _collect(value: Any, texts: list[str]) -> int:
         content = value.get("content")
         return _collect(value.get("text") if content is None else content, texts)
     return 0
-
-
-def _utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

@@ -32,6 +32,7 @@ from uvicorn.server import ServerState
 
 from broker.counters import FrontendCounters, TotalColumn
 from broker.errors import PenstockError
+from broker.faces import PENSTOCK
 from frontend.answer import PAUSE_AT, whole_error
 from frontend.errors import HeadTooLarge, Malformed
 from frontend.forward import count_response
@@ -150,7 +151,10 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._bound_head(len(name) + len(value) + 4)
         if not self._in_body:
-            self.headers.append((name.lower(), value))
+            name = name.lower()
+            self.headers.append((name, value))
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
 
     def on_headers_complete(self) -> None:
         self._requested = self._in_body = True
@@ -289,6 +293,10 @@ class Connection(HttpToolsProtocol):
     def writes_are_paused(self) -> bool:
         return self.flow.write_paused
 
+    @property
+    def peer(self) -> str:
+        return self.client[0] if self.client else ""
+
     def send(self, data: bytes) -> None:
         self.transport.write(data)
 
@@ -367,8 +375,9 @@ class Connection(HttpToolsProtocol):
         """Refuses what was no request, and ends the connection."""
         self._counters.count(TotalColumn.REJECTED)
         count_response(self._counters, error.status)
-        data, found = whole_error(error)
-        lines = [STATUS_LINE[error.status]]
+        face = PENSTOCK if self._lean is None else self._lean.inference.face
+        status, data, found = whole_error(error, b"", face)
+        lines = [STATUS_LINE[status]]
         for name, value in (*self.server_state.default_headers, *found, (b"connection", b"close")):
             lines += (name, b": ", value, b"\r\n")
         self.send(b"".join((*lines, b"\r\n", data)))

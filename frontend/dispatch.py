@@ -52,6 +52,10 @@ class Chosen(Protocol):
     def where(self) -> str:
         """For log lines."""
 
+    @property
+    def legs(self) -> tuple[Choice, ...]:
+        """Each instance, and the lease that counts the request there; in the order of choice."""
+
     def open(self, upstream: Callable[[Instance], Upstream], request: UpstreamRequest, sink: Sink) -> Call:
         """Sends the request; the contract of `Upstream.open`."""
 
@@ -83,6 +87,10 @@ class Choice(msgspec.Struct, frozen=True):
     def where(self) -> str:
         return self.instance.url
 
+    @property
+    def legs(self) -> tuple[Choice, ...]:
+        return (self,)
+
     def open(self, upstream: Callable[[Instance], Upstream], request: UpstreamRequest, sink: Sink) -> Call:
         return upstream(self.instance).open(self.instance, request, sink)
 
@@ -110,6 +118,15 @@ class Dispatcher:
                 self.breaker.tries(slot, now)
                 return Choice(self._table.instance(slot), lease)
         raise NoInstance("instances come and go faster than a request can be placed; try again")
+
+    def claim(self, slot: int, generation: int, tokens: int, now: float) -> Choice | None:
+        """That very instance, whatever the policy says; None: it has changed."""
+        instance = self._table.find(slot, generation)
+        lease = take(self._table, self._counters, slot, generation, tokens) if instance is not None else None
+        if instance is None or lease is None:
+            return None
+        self.breaker.tries(slot, now)
+        return Choice(instance, lease)
 
     def _pick(
         self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int]

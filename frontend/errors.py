@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from broker.errors import BadRequest, PenstockError
+from broker.faces import Face
 from frontend.upstream.base import Headers
 
 
@@ -15,18 +14,6 @@ class Stopping(PenstockError):
     kind = "service_unavailable"
     code = "stopping"
     retry_after_s = 1
-
-
-class NotFound(PenstockError):
-    status = 404
-    kind = "invalid_request_error"
-    code = "not_found"
-
-
-class MethodNotAllowed(PenstockError):
-    status = 405
-    kind = "invalid_request_error"
-    code = "method_not_allowed"
 
 
 class Malformed(BadRequest):
@@ -40,20 +27,15 @@ class HeadTooLarge(BadRequest):
     code = "head_too_large"
 
 
-def body(error: PenstockError) -> bytes:
-    """OpenAI's error form."""
-    fields = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
-    return msgspec.json.encode({"error": fields})
+def event(error: PenstockError, face: Face) -> bytes:
+    """The error as the last event of a stream that broke; no `[DONE]` follows, so it cannot pass for a whole one."""
+    return b"data: " + face.error(error).body + b"\n\n"
 
 
-def event(error: PenstockError) -> bytes:
-    """The same as the last event of a stream that broke; no `[DONE]` follows, so it cannot pass for a whole one."""
-    return b"data: " + body(error) + b"\n\n"
-
-
-def headers(error: PenstockError) -> Headers:
-    found = [(b"content-type", b"application/json")]
+def whole(error: PenstockError, face: Face) -> tuple[int, bytes, Headers]:
+    """Status, body and headers of an answer made of an error."""
+    status, kind, data = face.error(error)
+    found = [(b"content-type", kind.encode())]
     if error.retry_after_s is not None:
         found.append((b"retry-after", str(error.retry_after_s).encode()))
-    found += error.headers
-    return found
+    return status, data, [*found, *error.headers]

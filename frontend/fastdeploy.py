@@ -12,24 +12,26 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.responses import Response
 
+from broker.faces import PENSTOCK, Face, go
 from broker.table import State
 from broker.types import FastDeployFields, Instance, Role
 from broker.view import TableReader
-from frontend.admin import body, json_response, passed_on
+from frontend.admin import body, passed_on
 from frontend.control import Control
 
 
 class FastDeployRoutes:
     """Endpoints over one frontend's table and control socket; owns neither."""
 
-    def __init__(self, table: TableReader, control: Control) -> None:
+    def __init__(self, table: TableReader, control: Control, face: Face = PENSTOCK) -> None:
         self._table = table
+        self._face = face
         self._control = control
 
     async def registered(self, request: Request) -> Response:
         """Every instance, by role."""
         found = self._by_role()
-        return json_response(
+        return self._json(
             {
                 "code": 200,
                 "decode": [_entry(instance) for instance in found[Role.DECODE]],
@@ -41,7 +43,7 @@ class FastDeployRoutes:
 
     async def registered_number(self, request: Request) -> Response:
         found = self._by_role()
-        return json_response({role.name.lower(): len(found[role]) for role in (Role.DECODE, Role.MIXED, Role.PREFILL)})
+        return self._json({role.name.lower(): len(found[role]) for role in (Role.DECODE, Role.MIXED, Role.PREFILL)})
 
     async def decode_instances(self, request: Request) -> Response:
         """For prefill engines that connect beforehand (`FD_ENABLE_PD_RDMA_EAGER_CONNECT`): where decode is, of the
@@ -49,15 +51,18 @@ class FastDeployRoutes:
         version = request.query_params.get("version", "")
         decodes = self._by_role()[Role.DECODE]
         wanted = [i for i in decodes if not version or _fields(i).version in ("", version)]
-        return json_response([_registration(instance) for instance in wanted])
+        return self._json([_registration(instance) for instance in wanted])
 
     async def health_generate(self, request: Request) -> Response:
         """Every prefill and decode instance is asked now. Always 200: what was found is in the scheduler's log."""
-        return passed_on(await self._control.check_health())
+        return passed_on(await self._control.check_health(), self._face)
 
     async def abort_requests(self, request: Request) -> Response:
         """`{"req_ids": [...]}` or `{"abort_all": true}`: ends requests wherever they are."""
-        return passed_on(await self._control.abort_requests(await body(request)))
+        return passed_on(await self._control.abort_requests(await body(request)), self._face)
+
+    def _json(self, content: Any) -> Response:
+        return Response(go.dumps(content), 200, {"content-type": self._face.json_kind})
 
     def _by_role(self) -> dict[Role, list[Instance]]:
         found: dict[Role, list[Instance]] = {role: [] for role in Role}

@@ -2,7 +2,9 @@
 
               open                 first body byte              finish
     NEW ---------------> TRYING ------------------> FLOWING ---------------> ENDED
-                        |  ^  |                        |                       ^
+     |                  |  ^  |                        |                       ^
+     +--> WAITING ------+--|--|--- timeout, full ------|-----------------------+
+    saturated    granted|  |  |                        |                       |
                         +--+  +--- finish, last fail --|-----------------------+
           fail, 502, 503:                              +--- fail, idle --------+
           another instance                cancel, from anywhere ---------------+
@@ -41,14 +43,20 @@ from broker.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from broker.faces import face_of
 from broker.types import Instance, RouteRequest
 from frontend.dispatch import Chooser, Chosen
+from frontend.story import Story
 from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
+from frontend.waiting import Place, Saturated
 
 access = logging.getLogger("penstock.access")
 
 FAILED_STATUSES = frozenset((502, 503, 504))
 """Answers that count as failures of the instance."""
+
+QUEUE_MS = b"x-penstock-queue-ms"
+"""Tells a client whose request waited for room how long it did."""
 
 _USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})')
 _UNPRINTABLE = re.compile(r"[^!-~]")
@@ -61,6 +69,7 @@ class State(Enum):
     TRYING = 1
     FLOWING = 2
     ENDED = 3
+    WAITING = 4
 
 
 class Outcome(StrEnum):
@@ -94,13 +103,16 @@ class Forwarder:
         self.first_byte_s = config.timeouts.first_byte_secs
         self.idle_s = config.timeouts.idle_secs
         self.policy = config.scheduler.policy
+        self.face = face_of(config)
         self.live: set[Forward] = set()
         self._http = http
         self._native = native
 
-    def forward(self, ident: bytes, route: RouteRequest, request: UpstreamRequest, sink: Sink) -> Forward:
+    def forward(
+        self, ident: bytes, route: RouteRequest, request: UpstreamRequest, sink: Sink, story: Story | None = None
+    ) -> Forward:
         """A request that has not begun; nothing is held until `begin`."""
-        return Forward(self, ident, route, request, sink)
+        return Forward(self, ident, route, request, sink, story)
 
     def upstream(self, instance: Instance) -> Upstream:
         return self._native if instance.is_native else self._http
@@ -145,20 +157,31 @@ class Forward:
         "_name",
         "_path",
         "_paused",
+        "_place",
         "_shared",
         "_sink",
         "_state",
         "_status",
+        "_stolen_from",
+        "_story",
         "_tail",
         "_timer",
         "_touched",
         "_tried",
+        "_waited",
     )
 
     def __init__(
-        self, shared: Forwarder, ident: bytes, route: RouteRequest, request: UpstreamRequest, sink: Sink
+        self,
+        shared: Forwarder,
+        ident: bytes,
+        route: RouteRequest,
+        request: UpstreamRequest,
+        sink: Sink,
+        story: Story | None = None,
     ) -> None:
         self._shared = shared
+        self._story = story
         self._ident = ident
         self._name = request.request_id
         self._path = request.path
@@ -174,6 +197,9 @@ class Forward:
         self._tried: list[int] = []
         self._attempts = 0
         self._paused = False
+        self._place: Place | None = None  # in line, while there is no room anywhere
+        self._waited: float | None = None  # how long it stood there
+        self._stolen_from = "-"
         self._began = self._touched = 0.0
         self._first_byte: float | None = None
         self._status = 0  # what the client was told, or would have been
@@ -213,27 +239,26 @@ class Forward:
         assert self._asked is not None
         try:
             choice = self._shared.dispatcher.choose(self._asked[0], (), self._began)
+        except Saturated as saturated:
+            self._state = State.WAITING
+            self._place = saturated.line.wait(self._asked[0], self._asked[1].headers, saturated.home, self)
         except PenstockError as error:
-            if isinstance(error, ModelNotFound):
-                self._shared.counters.count(TotalColumn.MODEL_NOT_FOUND)
-            elif isinstance(error, NoInstance):
-                self._shared.counters.count(TotalColumn.NO_INSTANCE)
-            self._say(error)
-            return
-        self._open(choice)
+            self.refused(error)
+        else:
+            self._open(choice)
 
     def cancel(self) -> None:
         """The client is gone. Idempotent, and without effect once the request has ended."""
         if self._state is State.NEW:
             self._state = State.ENDED
         elif self._state is not State.ENDED:
-            if self._state is State.TRYING:
+            if self._state is not State.FLOWING:
                 self._status = 499
             self._end(Outcome.GONE)
 
     def abort(self, error: PenstockError) -> None:
         """Ends the request with an error that the client hears, whatever the instance does."""
-        if self._state in (State.TRYING, State.FLOWING):
+        if self._state in (State.WAITING, State.TRYING, State.FLOWING):
             self._say(error)
 
     def pause(self) -> None:
@@ -248,13 +273,31 @@ class Forward:
         if self._call is not None:
             self._call.resume()
 
+    # -- the line's side ---------------------------------------------------------------------------------------
+
+    def granted(self, choice: Chosen, waited_s: float, home: str) -> None:
+        self._place = None
+        self._waited = waited_s
+        if home != choice.instance.url:
+            self._stolen_from = home
+        self._open(choice)
+
+    def refused(self, error: PenstockError) -> None:
+        self._place = None
+        if isinstance(error, ModelNotFound):
+            self._shared.counters.count(TotalColumn.MODEL_NOT_FOUND)
+        elif isinstance(error, NoInstance):
+            self._shared.counters.count(TotalColumn.NO_INSTANCE)
+        self._say(error)
+
     # -- the instance's side: the sink of each attempt ---------------------------------------------------------
 
     def start(self, status: int, headers: Headers) -> None:
         assert self._choice is not None
         if status in FAILED_STATUSES:
             self._failed()
-        if status >= 400 and status in self._choice.retried and self._try_another():
+        retried = self._shared.face.retries_answers and status in self._choice.retried
+        if status >= 400 and retried and self._try_another():
             return
         self._head = (status, headers)
 
@@ -282,6 +325,8 @@ class Forward:
         self._call = None
         if isinstance(error, UpstreamError) and not isinstance(error, EngineSaturated):  # busy is not broken
             self._failed()
+        if self._story is not None and self._state is State.TRYING and self._choice is not None:
+            self._story.attempt_failed(self._attempts, self._shared.attempts, self._choice.where, error.message)
         if self._state is State.TRYING and error.retryable and self._try_another():
             return
         self._say(error)
@@ -295,6 +340,8 @@ class Forward:
         self._choice = choice
         self._head = None
         self._attempts += 1
+        if self._story is not None:
+            self._story.chosen(choice.legs)
         if shared.first_byte_s:
             self._arm(shared.first_byte_s)
         self._call = choice.open(shared.upstream, self._asked[1], self)
@@ -316,6 +363,8 @@ class Forward:
         last.lease.close()
         if call is not None:
             call.cancel()
+        if self._story is not None:
+            self._story.released()
         self._open(choice)
         return True
 
@@ -335,6 +384,8 @@ class Forward:
         self._disarm()
         if shared.idle_s and self._call is not None:
             self._arm(shared.idle_s)
+        if self._waited is not None:
+            headers = [*headers, (QUEUE_MS, b"%.1f" % (self._waited * 1e3))]
         self._sink.start(self._status, headers)
 
     def _arm(self, delay: float) -> None:
@@ -371,10 +422,12 @@ class Forward:
 
     def _say(self, error: PenstockError) -> None:
         """Ends the request with an error that the client hears."""
+        if self._story is not None:
+            self._story.failed(error, paired=bool(self._name), began=self._state is State.FLOWING)
         if self._state is State.FLOWING:
             self._end(Outcome.BROKEN)
         else:
-            self._status = error.status
+            self._status = self._shared.face.error(error).status
             self._end(Outcome.FAILED)
         self._sink.fail(error)
 
@@ -392,17 +445,24 @@ class Forward:
                 choice.lease.count(CounterColumn.BROKEN)
             elif outcome is Outcome.GONE:
                 choice.lease.count(CounterColumn.GONE)
-            choice.lease.close(status_column(self._status))
+            counted = self._first_byte is not None or shared.face.counts_unanswered
+            choice.lease.close(status_column(self._status) if counted else None)
+        place, self._place = self._place, None
+        if place is not None:
+            place.leave()
         call, self._call = self._call, None
         if call is not None:
             call.cancel()
-        if access.isEnabledFor(logging.INFO):
+        if self._story is not None:
+            self._story.released()
+            self._story.ended(self._status, duration, completed=self._first_byte is not None)
+        elif access.isEnabledFor(logging.INFO):
             self._log(outcome, duration)
 
     def _log(self, outcome: Outcome, duration: float) -> None:
         access.info(
-            "id=%s path=%s model=%s instance=%s policy=%s attempts=%d status=%d ttft_ms=%s duration_ms=%.1f bytes=%d "
-            "tokens=%s outcome=%s",
+            "id=%s path=%s model=%s instance=%s policy=%s attempts=%d status=%d queue_ms=%s stolen_from=%s ttft_ms=%s "
+            "duration_ms=%.1f bytes=%d tokens=%s outcome=%s",
             self._ident.decode("ascii"),
             printable(self._path.partition("?")[0]),
             printable(self._model or "-"),
@@ -410,6 +470,8 @@ class Forward:
             self._shared.policy,
             self._attempts,
             self._status,
+            "-" if self._waited is None else f"{self._waited * 1e3:.1f}",
+            self._stolen_from,
             "-" if self._first_byte is None else f"{self._first_byte * 1e3:.1f}",
             duration * 1e3,
             self._bytes,

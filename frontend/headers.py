@@ -27,15 +27,19 @@ def request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def for_engine(headers: Iterable[tuple[bytes, bytes]], ident: bytes) -> Headers:
-    """The client's end-to-end headers, with the request's id."""
-    passed = _end_to_end(headers, _NOT_FORWARDED)
-    passed.append((REQUEST_ID, ident))
-    return passed
+    """The client's end-to-end headers, with the request's id; without one, as they came."""
+    return _named(headers, _NOT_FORWARDED, ident)
 
 
 def for_client(headers: Iterable[tuple[bytes, bytes]], ident: bytes) -> Headers:
-    """The engine's end-to-end headers, with the request's id."""
-    passed = _end_to_end(headers, _NOT_RETURNED)
+    """The engine's end-to-end headers, with the request's id; without one, as they came."""
+    return _named(headers, _NOT_RETURNED, ident)
+
+
+def _named(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes], ident: bytes) -> Headers:
+    if not ident:
+        return _end_to_end(headers, dropped - {REQUEST_ID})
+    passed = _end_to_end(headers, dropped)
     passed.append((REQUEST_ID, ident))
     return passed
 

@@ -32,9 +32,11 @@ logger = logging.getLogger("frontend")
 
 _UNTIL_CLOSE = -1
 """Instead of a length: HTTP/1.0 knows no chunks, so the connection's end is the body's."""
+_BODILESS = frozenset((204, 304))
+
+
 NOT_INFERENCE = b"/v1/abort_requests"
 """The one POST below /v1/ that is not for an instance."""
-_BODILESS = frozenset((204, 304))
 
 
 class Lean:
@@ -51,7 +53,7 @@ class Lean:
         fragment) goes to starlette, which reads it alike."""
         if method != b"POST" or not url.startswith(b"/v1/") or url.startswith(NOT_INFERENCE):
             return False
-        return b"%" not in url and b"#" not in url
+        return b"%" not in url and b"#" not in url and self.inference.serves(url.partition(b"?")[0].decode("latin-1"))
 
     def default_lines(self) -> bytes:
         """The headers that the server adds to every answer, as they are written. uvicorn makes them once a second."""
@@ -66,6 +68,10 @@ class Client(Protocol):
 
     @property
     def writes_are_paused(self) -> bool: ...
+
+    @property
+    def peer(self) -> str:
+        """The client's address."""
 
     def send(self, data: bytes) -> None: ...
 
@@ -165,13 +171,15 @@ class LeanCycle:
             if self._error is not None:
                 raise self._error
             data = parts[0] if len(parts) == 1 else b"".join(parts)
-            forward = inference.forward(path, self._url.decode("ascii"), found, data, self._ident, self)
+            forward = inference.forward(
+                path, self._url.decode("ascii"), found, data, self._ident, self, self._client.peer
+            )
             self._forward = forward
             if self._client.writes_are_paused:
                 forward.pause()
             forward.begin()
         except BadRequest as error:
-            inference.refuse(path, self._ident, error)
+            inference.refuse(path, self._ident, error, self._client.peer)
             self._answer_with(error)
         except Exception:  # the outermost net, as starlette has it for its routes
             logger.exception("a request failed")
@@ -197,7 +205,7 @@ class LeanCycle:
 
     def start(self, status: int, found: Headers) -> None:
         self._events = takes_events(found)
-        self._frame(status, headers.for_client(found, self._ident))
+        self._frame(status, headers.for_client(found, self._lean.inference.shown(self._ident)))
 
     def write(self, data: bytes) -> None:
         head, self._head = self._head, b""
@@ -229,7 +237,7 @@ class LeanCycle:
         if not self._started:
             self._answer_with(error)
         elif self._events:
-            self.write(last_event(error, self._last))
+            self.write(last_event(error, self._last, self._lean.inference.face))
             self.finish()
         else:
             self._cut_off()
@@ -256,9 +264,10 @@ class LeanCycle:
         self._head = b"".join(lines)
 
     def _answer_with(self, error: PenstockError) -> None:
-        data, found = whole_error(error, self._ident)
+        inference = self._lean.inference
+        status, data, found = whole_error(error, inference.shown(self._ident), inference.face)
         self._chunked = self._events = False
-        self._frame(error.status, found)
+        self._frame(status, found)
         self.write(data)
         self._complete()
 

@@ -132,6 +132,10 @@ class PairChoice:
     def where(self) -> str:
         return f"{self.prefill.instance.url},{self.decode.instance.url}"
 
+    @property
+    def legs(self) -> tuple[Choice, ...]:
+        return self.prefill, self.decode
+
     def prefilled(self) -> None:
         """Prefill has done its work. Idempotent."""
         lease = self.prefill.lease

@@ -7,7 +7,7 @@ registration may look like, how often an instance is probed) it asks its face, a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -41,7 +41,7 @@ class Event(Enum):
     UNREACHABLE = auto()  # error
     BROKEN = auto()  # error
     PREFILL_DONE = auto()  # url
-    PREFILL_ENDED = auto()  # url, stream
+    PREFILL_READ = auto()  # url
     RELEASED = auto()  # url, count
     TOKENS_RELEASED = auto()  # url, tokens
     COMPLETED = auto()
@@ -85,6 +85,14 @@ class Said(NamedTuple):
     body: bytes
 
 
+class Misled(NamedTuple):
+    """The answer to a request that leads nowhere."""
+
+    said: Said
+    location: str = ""
+    """Where it leads after all."""
+
+
 class Estimate(NamedTuple):
     """What a prompt's texts and token ids come to, for the choice of an instance."""
 
@@ -124,14 +132,16 @@ class Face:
     registered: Said
     refused: Callable[[PenstockError], Said]
     """The answer to a registration that is not accepted."""
+    reason: Callable[[PenstockError], str]
+    """Why it is not, in a sentence."""
 
     # -- requests ------------------------------------------------------------------------------------------------
 
     checks_body: bool
     """`model` and `stream` of a wrong type are refused; else they are the engine's business."""
     estimate: Callable[[list[str], int], Estimate]
-    retried_statuses: frozenset[int]
-    """Answers after which another instance is tried."""
+    retries_answers: bool
+    """An engine's answer that it cannot take the request (502, 503) moves the request on; else only silence does."""
     names_requests: bool
     """Every request has an `X-Request-Id`, towards the engine and the client."""
     counts_unanswered: bool
@@ -141,14 +151,16 @@ class Face:
 
     error: Callable[[PenstockError], Said]
     """A request's error."""
+    panic: Said
+    """When we fail in a way nobody foresaw."""
     json_kind: str
     """Content type of what the management routes answer."""
-    routes: frozenset[str] | None
+    paths: frozenset[str] | None
     """The only paths that exist; None = all there are."""
     answers_head: bool
-    no_route: Callable[[str, str, frozenset[str]], tuple[Said, str]]
-    """What is said to (method, path) without a route, given the methods that the path without its trailing slash has;
-    with the `Location`, or nothing."""
+    no_route: Callable[[str, str, Collection[str], bool], Misled]
+    """What is said to (method, path) that lead nowhere. The methods are those that the path would have without its
+    trailing slashes; whether the path itself exists, for other methods."""
 
     # -- log -----------------------------------------------------------------------------------------------------
 

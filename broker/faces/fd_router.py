@@ -26,7 +26,7 @@ from broker.errors import (
     UpstreamError,
 )
 from broker.faces import fd_settings, go
-from broker.faces.base import Estimate, Event, Face, Line, Said
+from broker.faces.base import Estimate, Event, Face, Line, Misled, Said
 from broker.types import EngineKind
 
 JSON = "application/json; charset=utf-8"
@@ -83,14 +83,14 @@ def error(failure: PenstockError) -> Said:
     return Said(status or failure.status, JSON, body + b"}")
 
 
-def no_route(method: str, path: str, methods: frozenset[str]) -> tuple[Said, str]:
-    if method not in methods:
-        return Said(404, "text/plain", b"404 page not found"), ""
-    target = path.rstrip("/")
+def no_route(method: str, path: str, methods: Collection[str], exists: bool) -> Misled:
+    target = path.removesuffix("/")
+    if exists or target == path or method not in methods:
+        return Misled(Said(404, "text/plain", b"404 page not found"))
     if method == "GET":
         link = f'<a href="{target}">Moved Permanently</a>.\n\n'
-        return Said(301, "text/html; charset=utf-8", link.encode()), target
-    return Said(307, "", b""), target
+        return Misled(Said(301, "text/html; charset=utf-8", link.encode()), target)
+    return Misled(Said(307, "", b""), target)
 
 
 # -- registration ----------------------------------------------------------------------------------------------
@@ -98,10 +98,10 @@ def no_route(method: str, path: str, methods: frozenset[str]) -> tuple[Said, str
 
 def refused(failure: PenstockError) -> Said:
     status = 400 if isinstance(failure, BadRequest) else failure.status
-    return Said(status, JSON, go.dumps({"code": status, "msg": _refusal(failure)}))
+    return Said(status, JSON, go.dumps({"code": status, "msg": reason(failure)}))
 
 
-def _refusal(failure: PenstockError) -> str:
+def reason(failure: PenstockError) -> str:
     if isinstance(failure, Unhealthy):
         return f"{failure.url} service is not healthy"
     if not isinstance(failure, BadRegistration):
@@ -160,8 +160,8 @@ LINES = {
     Event.UNREACHABLE: Line(_ERROR, "%(context)sFailed to connect to backend service: %(error)s"),
     Event.BROKEN: Line(_ERROR, "%(context)sscanner error: %(error)s"),
     Event.PREFILL_DONE: Line(_INFO, "%(context)s[prefill] first chunk received, release counter url=%(url)s"),
-    Event.PREFILL_ENDED: Line(
-        _INFO, "%(context)s[prefill] release in defer (fallback) url=%(url)s, isStream=%(stream)s"
+    Event.PREFILL_READ: Line(
+        _INFO, "%(context)s[prefill] non-stream prefill response done, release counter url=%(url)s"
     ),
     Event.RELEASED: Line(_INFO, "%(context)srelease worker: %(url)s, count: %(count)d"),
     Event.TOKENS_RELEASED: Line(_INFO, "%(context)srelease prefill tokens: %(url)s, tokens: %(tokens)d"),
@@ -205,14 +205,16 @@ FD_ROUTER = Face(
     probes_members=True,
     registered=Said(200, JSON, b'{"code":200,"msg":"Register success"}'),
     refused=refused,
+    reason=reason,
     checks_body=False,
     estimate=estimate,
-    retried_statuses=frozenset(),
+    retries_answers=False,
     names_requests=False,
     counts_unanswered=False,
     error=error,
+    panic=Said(500, JSON, b'{"code":500,"msg":"Internal server error"}'),
     json_kind=JSON,
-    routes=frozenset(
+    paths=frozenset(
         (
             "/v1/chat/completions",
             "/v1/completions",

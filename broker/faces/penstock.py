@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
 
 from broker.errors import PenstockError
-from broker.faces.base import Estimate, Event, Face, Line, Said
+from broker.faces.base import Estimate, Event, Face, Line, Misled, Said
 
 JSON = "application/json"
 BYTES_PER_TOKEN = 4
@@ -36,14 +37,23 @@ def refused(failure: PenstockError) -> Said:
     return Said(failure.status, JSON, msgspec.json.encode(fields))
 
 
-def no_route(method: str, path: str, methods: frozenset[str]) -> tuple[Said, str]:
-    return error(NotFound(f"there is nothing at {path}")), ""
+def no_route(method: str, path: str, methods: Collection[str], exists: bool) -> Misled:
+    """A path is what it is: no redirects for slashes, which would send clients their bodies again."""
+    if exists:
+        return Misled(error(MethodNotAllowed(f"{method} is not allowed for {path}")))
+    return Misled(error(NotFound(f"there is nothing at {path}")))
 
 
 class NotFound(PenstockError):
     status = 404
     kind = "invalid_request_error"
     code = "not_found"
+
+
+class MethodNotAllowed(PenstockError):
+    status = 405
+    kind = "invalid_request_error"
+    code = "method_not_allowed"
 
 
 def _fields(failure: PenstockError) -> dict[str, str | None]:
@@ -67,14 +77,16 @@ PENSTOCK = Face(
     probes_members=False,
     registered=Said(200, JSON, b'{"code":200,"msg":"Register success"}'),
     refused=refused,
+    reason=lambda failure: failure.message,
     checks_body=True,
     estimate=estimate,
-    retried_statuses=frozenset((502, 503)),
+    retries_answers=True,
     names_requests=True,
     counts_unanswered=True,
     error=error,
+    panic=error(PenstockError("internal error")),
     json_kind=JSON,
-    routes=None,
+    paths=None,
     answers_head=True,
     no_route=no_route,
     log_file=Path("logs/penstock.log"),

@@ -189,7 +189,7 @@ class Collector:
                         return None
                 return Answer(response.status, bytes(body))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
-            self._narrator.tell(Event.UNANSWERED, url=url, error=repr(e))
+            self._narrator.tell(Event.UNANSWERED, url=url, error=str(e) or type(e).__name__)
             return None
 
 

@@ -64,7 +64,7 @@ class Registrar:
             await self.register(parse_body(body, self._splitwise, comma_lists=face.takes_comma_lists))
         except PenstockError as e:
             self._tally.add(SchedulerEvent.REGISTRATIONS_REFUSED)
-            self._narrator.tell(Event.NOT_REGISTERED, error=e.message)
+            self._narrator.tell(Event.NOT_REGISTERED, error=face.reason(e))
             status, _, said = face.refused(e)
             return status, said
         self._tally.add(SchedulerEvent.REGISTRATIONS)
@@ -143,7 +143,7 @@ class Registrar:
             if said.get(url) != e.message:  # tried again for ever: said once
                 said[url] = e.message
                 self._narrator.tell(
-                    Event.LISTED_NOT_REGISTERED, index=entry.index, url=url, path=self._path, error=e.message
+                    Event.LISTED_NOT_REGISTERED, index=entry.index, url=url, path=self._path, error=self._face.reason(e)
                 )
 
 

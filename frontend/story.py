@@ -1,0 +1,125 @@
+"""What is told of one request while it is on its way, for faces that tell more than its end.
+
+Facts that cost something, such as the counts of an instance, are gathered only for lines that are written.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+
+from broker.counters import CountersReader
+from broker.errors import NoInstance, PenstockError, UpstreamError
+from broker.faces import Event, Face
+from broker.faces.go import duration
+from broker.lease import Lease
+from broker.narrator import Narrator, printable
+from broker.types import Role
+from frontend.dispatch import Choice
+
+_CHOSEN = {Role.MIXED: Event.CHOSEN_MIXED, Role.PREFILL: Event.CHOSEN_PREFILL, Role.DECODE: Event.CHOSEN_DECODE}
+
+
+class Stories:
+    """What all stories of a frontend share."""
+
+    def __init__(self, face: Face, counters: CountersReader) -> None:
+        self.narrator = Narrator(face, "frontend")
+        self.counters = counters
+
+    @classmethod
+    def of(cls, face: Face, counters: CountersReader) -> Stories | None:
+        """None for a face that has nothing to tell before a request's end."""
+        return cls(face, counters) if Event.PARSED in face.lines else None
+
+    def begin(self, method: str, path: str, client: str, tags: Iterable[tuple[str, str]] = ()) -> Story:
+        """`tags`: name and value of what the request is called by others; empty values are left out."""
+        context = "".join(f"[{name}:{printable(value)}] " for name, value in tags if value)
+        # An IPv4 client of a socket for both families.
+        return Story(self, method, printable(path), client.removeprefix("::ffff:"), context)
+
+
+class Story:
+    """Of one request; told by whoever moves it."""
+
+    __slots__ = ("_client", "_context", "_counters", "_held", "_method", "_narrator", "_path")
+
+    def __init__(self, stories: Stories, method: str, path: str, client: str, context: str) -> None:
+        self._narrator = stories.narrator
+        self._counters = stories.counters
+        self._method = method
+        self._path = path
+        self._client = client
+        self._held: dict[int, tuple[str, int]] = {}  # slot -> URL and tokens of the leases not yet told as released
+        self._context = context
+
+    def parsed(self) -> None:
+        self._tell(Event.PARSED)
+
+    def chosen(self, legs: tuple[Choice, ...]) -> None:
+        self._held = {leg.lease.slot: (leg.instance.url, leg.lease.tokens) for leg in legs}
+        paired = len(legs) > 1
+        if paired:
+            self._tell(Event.CHOOSING_PREFILL, now=_now())
+        for leg in legs:
+            if paired and leg.instance.role is Role.DECODE:
+                self._tell(Event.CHOOSING_DECODE, now=_now())
+            event = _CHOSEN[leg.instance.role]
+            if self._narrator.tells(event):
+                count, tokens = self._counters.in_flight(leg.lease.slot)
+                self._tell(event, url=leg.instance.url, count=count, tokens=tokens)
+        if paired:
+            self._tell(Event.CHOSEN_PAIR, now=_now())
+
+    def failed(self, error: PenstockError, *, paired: bool, began: bool) -> None:
+        """The request ends with this error; `began`: within its answer."""
+        if began:
+            self._tell(Event.BROKEN, error=error.message)
+        elif isinstance(error, NoInstance):
+            what = "worker pair" if paired else "mixed worker"
+            self._tell(Event.NOT_CHOSEN, error="no healthy workers available", what=what)
+        elif isinstance(error, UpstreamError):
+            self._tell(Event.UNREACHABLE, error=error.message)
+
+    def attempt_failed(self, attempt: int, attempts: int, where: str, error: str) -> None:
+        self._tell(Event.ATTEMPT_FAILED, attempt=attempt, attempts=attempts, error=error)
+        self._tell(Event.BACKEND_FAILED, url=where, error=error)
+
+    def prefilled(self, lease: Lease, *, stream: bool) -> None:
+        """Prefill has done its work, and its lease is closed."""
+        url, _ = self._held.get(lease.slot, ("", 0))
+        self._tell(Event.PREFILL_DONE if stream else Event.PREFILL_READ, url=url)
+        self._release(lease.slot)
+
+    def released(self) -> None:
+        """Every lease is closed."""
+        for slot in list(self._held):
+            self._release(slot)
+
+    def _release(self, slot: int) -> None:
+        held = self._held.pop(slot, None)
+        if held is not None and self._narrator.tells(Event.RELEASED):
+            url, tokens = held
+            count, left = self._counters.in_flight(slot)
+            self._tell(Event.RELEASED, url=url, count=count)
+            if tokens:
+                self._tell(Event.TOKENS_RELEASED, url=url, tokens=left)
+
+    def ended(self, status: int, seconds: float, *, completed: bool) -> None:
+        if completed:
+            self._tell(Event.COMPLETED)
+        self._tell(
+            Event.ANSWERED,
+            method=self._method,
+            path=self._path,
+            status=status,
+            duration=duration(seconds),
+            client=self._client,
+        )
+
+    def _tell(self, event: Event, **facts: object) -> None:
+        self._narrator.tell(event, context=self._context, **facts)
+
+
+def _now() -> str:
+    return datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
