@@ -80,6 +80,9 @@ class Connection(HttpToolsProtocol):
         self._in_body = False
         self._is_full = False  # whatever comes now is no longer read
         self._refusal: PenstockError | None = None  # to be said when all answers before it have been
+        self._upgrades = False
+        self._request_line = b""  # of a request that upgrades
+        self._keeps_alive_with_body = False
         self._head_bytes = 0
         self._dry_bytes = 0
 
@@ -109,8 +112,8 @@ class Connection(HttpToolsProtocol):
                 try:
                     self.parser.feed_data(rest)
                     rest = b""
-                except httptools.HttpParserUpgrade as upgrade:  # declined by going on as before
-                    rest = rest[upgrade.args[0] :]
+                except httptools.HttpParserUpgrade as upgrade:
+                    rest = self._decline_upgrade() + rest[upgrade.args[0] :]
             if self._dry_bytes > MAX_HEAD_BYTES and not self._is_full:
                 raise self._refuse(HeadTooLarge(f"a head or chunk line is larger than {MAX_HEAD_BYTES} bytes"))
         except (httptools.HttpParserError, PenstockError) as error:
@@ -163,6 +166,13 @@ class Connection(HttpToolsProtocol):
         if self._is_full:
             return
         modern = self._check_head()
+        self._upgrades = self.parser.should_upgrade()
+        if self._upgrades:
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            if method == b"CONNECT":
+                raise self._refuse(Malformed("no tunnels here"))
+            self._request_line = b"%b %b HTTP/%b\r\n" % (method, self.url, version)
+            return  # comes once more, see `_decline_upgrade`
         if len(self.pipeline) >= MAX_AHEAD or self.transport.is_closing():
             self._stop_reading()
             return
@@ -186,6 +196,9 @@ class Connection(HttpToolsProtocol):
                 self.cycle.waiting_for_100_continue = False  # HTTP/1.0 knows no interim answers
             if self._stopping:
                 self.cycle.keep_alive = False
+            self._keeps_alive_with_body = self.cycle.waiting_for_100_continue and self.cycle.keep_alive
+            if self._keeps_alive_with_body:
+                self.cycle.keep_alive = False  # an answer without 100: whether the body follows nobody knows
 
     def on_body(self, body: bytes) -> None:
         self._dry_bytes = 0
@@ -196,6 +209,7 @@ class Connection(HttpToolsProtocol):
             cycle.feed(body)
             self._go_on(cycle)
         else:
+            self._body_comes()
             super().on_body(body)
         if cycle is not self._running and self._bytes_ahead() > MAX_AHEAD_BYTES:
             self._drop_last()
@@ -204,13 +218,27 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._dry_bytes = 0
         cycle = self._current
-        if self._is_full or cycle is None or cycle.response_complete:
+        if self._is_full or self._upgrades or cycle is None or cycle.response_complete:
             return
         if isinstance(cycle, LeanCycle):
             cycle.more_body = False
             self._go_on(cycle)
         else:
+            self._body_comes()
             super().on_message_complete()
+
+    def _body_comes(self) -> None:
+        if self._keeps_alive_with_body:
+            self._keeps_alive_with_body = False
+            self.cycle.keep_alive = not self._stopping
+
+    def _decline_upgrade(self) -> bytes:
+        """The head without its Upgrade, for a new parser: httptools takes what follows it for another protocol, and
+        not for the body. (Java's HttpClient offers h2c with the first request of every connection.)"""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        lines = [b"%b: %b\r\n" % pair for pair in self.headers if pair[0] != b"upgrade"]
+        return b"".join((self._request_line, *lines, b"\r\n"))
 
     # -- the running request -----------------------------------------------------------------------------------
 
@@ -234,14 +262,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The running request, of whichever kind, has been answered."""
         self.server_state.total_requests += 1
-        running, self._running = self._running, None
-        if (
-            isinstance(running, RequestResponseCycle)
-            and running is self._current
-            and running.more_body
-            and self.expect_100_continue
-        ):
-            self.close()  # it was answered without its body, which may follow or not
+        self._running = None
         self._advance()
 
     def _advance(self) -> None:
