@@ -115,6 +115,10 @@ class Group:
             found = self._by_model[model] = Candidates.of(both)
         return found
 
+    def names(self, model: str) -> bool:
+        """Whether a ready instance serves it by this name."""
+        return model in self._named
+
     def serves(self, model: str | None) -> bool:
         """Whether an answer may be expected later: nothing is ready, or an instance that is away serves the model."""
         return model is None or not self._ready or model in self._away

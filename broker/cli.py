@@ -141,8 +141,13 @@ def instances(url: str | None, port: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
-    rows = [COLUMNS, *([cell(row.get(key)) for key in COLUMNS] for row in answer["instances"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    show(answer["instances"], COLUMNS)
+
+
+def show(found: list[dict[str, Any]], columns: list[str]) -> None:
+    """A table, the columns as wide as what is in them."""
+    rows = [columns, *([cell(row.get(key)) for key in columns] for row in found)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     for row in rows:
         click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
@@ -160,6 +165,23 @@ COLUMNS = [
     "report_age_s",
     "models",
 ]
+
+
+@cli.command()
+@server_option
+@port_option
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON as it came.")
+def queue(url: str | None, port: int, as_json: bool) -> None:
+    """Show the requests that wait for room, and what instances took over from each other."""
+    answer = call(url, port, "/queue")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    click.echo(f"{answer['tickets']} requests with {answer['tokens']} prompt tokens wait")
+    show(answer["instances"], QUEUE_COLUMNS)
+
+
+QUEUE_COLUMNS = ["url", "tickets", "tokens", "reserved", "granted", "stolen", "robbed"]
 
 
 @cli.command()

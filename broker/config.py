@@ -80,6 +80,20 @@ class Scheduler(Section, frozen=True, forbid_unknown_fields=True):
     hit_ratio_weight: NotNegative = 1.0
     load_balance_weight: NotNegative = 1.0
     stats_interval_secs: Positive = 5.0
+    instance_capacity: Annotated[int, Meta(ge=0)] = 0
+    """Requests at once of instances that do not say it themselves; 0 = full only when their reports show it."""
+    queue_max_tickets: Count = 50_000
+    """Requests that may wait for room at saturated instances, on this host; beyond it they are answered 429."""
+    queue_max_tokens: Count = 500_000_000
+    """Prompt tokens that those may have together."""
+    queue_timeout_secs: Positive = 900.0
+    """Longest wait for room, then 503; FastDeploy's `scheduler-ttl`."""
+    queue_aging_secs: NotNegative = 10.0
+    """A waiting request is passed only by those of the next higher priority that came less than this after it."""
+    fairness_header: str = "authorization"
+    """Requests with the same value of this header share their turns; empty = all do."""
+    prefill_tokens_per_sec: Positive = 5000.0
+    """How fast an engine reads a prompt: what a cold cache costs, weighed against a wait."""
 
 
 class Manager(Section, frozen=True, forbid_unknown_fields=True):

@@ -86,6 +86,27 @@ class NoInstance(PenstockError):
     retry_after_s = 1
 
 
+class QueueFull(PenstockError):
+    """Every candidate is saturated, and as many requests wait as may."""
+
+    status = 429
+    kind = "rate_limit_error"
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueTimeout(PenstockError):
+    """No instance had room for the request within the time that it may wait."""
+
+    status = 503
+    kind = "service_unavailable"
+    code = "queue_timeout"
+    retry_after_s = 1
+
+
 class NotSupported(PenstockError):
     status = 501
     kind = "not_supported"

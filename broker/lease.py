@@ -15,6 +15,7 @@ belongs to a later generation is seen together with that generation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -43,7 +44,7 @@ class Slots(Protocol):
 class Lease:
     """Held by whoever streams the answer. Belongs to one thread, like the counters it moves."""
 
-    __slots__ = ("_row", "closed", "generation", "slot", "tokens")
+    __slots__ = ("_row", "closed", "generation", "on_close", "slot", "tokens")
 
     def __init__(self, row: CounterRow, slot: int, generation: int, tokens: int) -> None:
         self._row = row
@@ -52,6 +53,8 @@ class Lease:
         self.tokens = tokens
         """Prompt tokens not released yet."""
         self.closed = False
+        self.on_close: Callable[[int], None] | None = None
+        """Hears of the slot as soon as the lease no longer counts there."""
 
     def count(self, column: CounterColumn) -> None:
         """Count an outcome at this instance, while the lease is held: later the slot may be another's."""
@@ -75,6 +78,15 @@ class Lease:
         self.closed = True
         # Last: until here the scheduler keeps the slot for this generation.
         self._row.cells[_FINISHED * self._row.width + self.slot] += 1
+        if self.on_close is not None:
+            self.on_close(self.slot)
+
+    def withdraw(self) -> None:
+        """Give the instance back unused; it was no request. Idempotent."""
+        if self.closed:
+            return
+        _withdraw(self._row, self.slot, self.tokens)
+        self.closed, self.tokens = True, 0
 
     def __enter__(self) -> Self:
         return self
@@ -98,10 +110,15 @@ def take(slots: Slots, row: CounterRow, slot: int, generation: int, tokens: int 
     fence.full()
     if slots.is_open(slot, generation):
         return Lease(row, slot, generation, tokens)
+    _withdraw(row, slot, tokens)
+    slots.refuse(slot)
+    return None
+
+
+def _withdraw(row: CounterRow, slot: int, tokens: int) -> None:
+    cells, width = row.cells, row.width
     cells[_WITHDRAWN * width + slot] += 1
     if tokens:
         cells[_TOKENS_WITHDRAWN * width + slot] += tokens
         cells[_TOKENS_FINISHED * width + slot] += tokens
     cells[_FINISHED * width + slot] += 1
-    slots.refuse(slot)
-    return None

@@ -5,6 +5,7 @@
     events    (SchedulerEvent,)        one by one; counters that go on through all lives of the scheduler
     sequence  (slots,)                 odd while a row is being written (`shm.seqlock`)
     values    (Column, slots)          a row inside its odd window
+    queue     (QueueColumn, slots)     one by one
     base      (CounterColumn, slots)   inside the odd window in which a generation begins
     blobs     (slots, BLOB_BYTES)      inside an odd window: msgpack of the row's `Instance`
 
@@ -78,6 +79,19 @@ class Column(IntEnum):
     BLOB_VERSION = 12
     BLOB_BYTES = 13
     IDLE_SINCE_NS = 14  # while RESTING: since when nothing has been in flight; 0 = something was
+    WAITED = 15  # reports running that said that requests wait
+
+
+class QueueColumn(IntEnum):
+    """Per slot, cell by cell: what the admission queue (`broker.scheduler.admission`) has to do with the instance."""
+
+    HELD = 0  # 1 while tickets wait that the instance could serve: whoever comes now stands in line behind them
+    RESERVED = 1  # granted tickets whose lease is not seen in the counters yet
+    TICKETS = 2  # waiting that prefer the instance, and their prompt tokens
+    TOKENS = 3
+    GRANTED = 4  # since the slot's generation began, as the next two
+    STOLEN = 5  # of those granted: from another instance's queue
+    ROBBED = 6  # tickets that preferred the instance and were granted to another
 
 
 class Cell(IntEnum):
@@ -99,6 +113,12 @@ class SchedulerEvent(IntEnum):
     LOADS_DROPPED = 5  # of instances that are not registered
     LOADS_MISSED = 6  # by the gaps in publishers' sequences
     REPLIES_DROPPED = 7  # the peer was gone, or took no more
+    TICKETS_OFFERED = 8  # requests that began to wait, repeated offers not counted
+    TICKETS_GRANTED = 9
+    TICKETS_STOLEN = 10  # granted to another instance than they preferred
+    TICKETS_RETURNED = 11  # granted, and back in line because the instance could not be taken
+    TICKETS_WITHDRAWN = 12  # their client left, their time was over, or their frontend died
+    TICKETS_REFUSED = 13  # the queue was full, or nobody serves them any more
 
 
 def load_layout(slots: int) -> Layout:
@@ -111,6 +131,7 @@ def load_layout(slots: int) -> Layout:
             Block("events", (len(SchedulerEvent),), labels=tuple(event.name for event in SchedulerEvent)),
             Block("sequence", (slots,)),
             Block("values", (len(Column), slots), labels=tuple(column.name for column in Column)),
+            Block("queue", (len(QueueColumn), slots), labels=tuple(column.name for column in QueueColumn)),
             Block("base", (len(CounterColumn), slots), labels=counters),
             Block("blobs", (slots, MAX_BLOB_BYTES), "B"),
         ],
@@ -145,6 +166,7 @@ _NO_REPORT: dict[int, int] = {
     Column.REPORTED_NS: 0,
     Column.IN_FLIGHT_THEN: 0,
     Column.TOKENS_THEN: 0,
+    Column.WAITED: 0,
 }
 
 
@@ -158,6 +180,8 @@ class TableWriter:
         self._cells = load.cells("cells")
         self.events = load.cells("events")
         """By SchedulerEvent; the scheduler counts here directly."""
+        self.queue = load.cells("queue")
+        """By QueueColumn and slot; the admission queue writes here directly."""
         version = self._cells[Cell.VERSION : Cell.VERSION + 1]
         used = self._cells[Cell.USED : Cell.USED + 1]
         self._rows = RowWriter(load.cells("sequence"), load.cells("values"), version, used)
@@ -237,6 +261,8 @@ class TableWriter:
                 + (f", {len(self._resting)} of them resting" if self._resting else "")
             )
         slot = heapq.heappop(self._free)
+        for queued in QueueColumn:
+            self.queue[queued * self.slots + slot] = 0
         changes: dict[int, int] = {
             Column.BLOB_BYTES: 0,
             **_NO_REPORT,
@@ -334,6 +360,7 @@ class TableWriter:
             Column.REPORTED_NS: now_ns,
             Column.IN_FLIGHT_THEN: in_flight,
             Column.TOKENS_THEN: tokens,
+            Column.WAITED: self._rows.load(slot, Column.WAITED) + 1 if report.waiting else 0,
         }
         if report.capacity is not None:
             changes[Column.CAPACITY] = report.capacity

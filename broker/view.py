@@ -166,6 +166,8 @@ class TableReader:
         used = self._cells[Cell.USED : Cell.USED + 1]
         self._rows = RowReader(load.array("sequence"), load.array("values"), version, used)
         self._live = load.cells("values")
+        self.queue = load.cells("queue")
+        """By QueueColumn and slot, live."""
         self._slots = load.layout.block("sequence").shape[0]
         self._base = load.array("base")
         self._blobs = load.bytes("blobs")
@@ -217,6 +219,20 @@ class TableReader:
             if len(others.slots):
                 candidates = others
         return View(self, candidates, self._clock())
+
+    def kind(self, role: Role, model: str | None) -> tuple[Role, str | None]:
+        """What requests have in common that the same candidates may serve: a name that nobody serves is as good as
+        any other such name, here the empty one. Good for `view`."""
+        self._refresh()
+        group = self._groups.get(role)
+        named = model is None or group is None or group.names(model)
+        return role, model if named else ""
+
+    def find(self, slot: int, generation: int) -> Instance | None:
+        """Who has the slot in this generation, ready or not."""
+        self._refresh()
+        entry = self._entries.get(slot)
+        return entry.instance if entry is not None and entry.generation == generation else None
 
     def is_open(self, slot: int, generation: int) -> bool:
         """Whether the slot is READY in this generation, in shared memory, now. For `broker.lease.take`."""

@@ -4,7 +4,8 @@ Every message is one frame: a msgpack array `[tag, field, ...]`. Unknown trailin
 field may be appended within a version; anything else changes `PROTOCOL`, which the first message of each
 conversation carries. Decoding validates: a frame of the wrong shape raises `WireError`, never anything else.
 
-    frontend  <-> scheduler   control.sock   FrontendHello, Register, Drain, RoutingNotices / Welcome, Reply
+    frontend  <-> scheduler   control.sock   FrontendHello, Register, Drain, RoutingNotices, Tickets
+                                             / Welcome, Reply, Grants
     engine    <-> scheduler   engines.sock   EngineHello, EngineBeat, EngineGoodbye  / Accepted, Refused, SchedulerBeat
     engine     -> scheduler   load.sock      [b"load", sequence, Load]               PUB/SUB
     frontend  <-> engine      the engine's   DataHello, Ping, Request (+ body), Abort / DataWelcome, Pong, Step
@@ -79,6 +80,45 @@ class RoutingNotices(msgspec.Struct, frozen=True, array_like=True, tag=4):
     keys: bytes
 
 
+class Ticket(msgspec.Struct, frozen=True, array_like=True):
+    """A request that waits because every candidate is saturated. The request itself stays at its frontend."""
+
+    number: int
+    """Unique within the frontend's life."""
+    role: Role
+    model: str | None
+    cost: int
+    """Prompt tokens, at least 1."""
+    home: int
+    """The slot that the frontend's policy preferred."""
+    priority: int
+    """0 is the highest."""
+    key: str
+    """Fairness key."""
+    offered_ns: int
+    """When it began to wait (CLOCK_MONOTONIC of this machine): its place in line, however often it is offered."""
+    deadline_ns: int
+
+
+class Tickets(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """What one turn of a frontend's loop has to say to the queue. Everything in it may be said twice."""
+
+    index: int
+    life: int
+    offered: list[Ticket] = []
+    withdrawn: list[int] = []
+    """Their clients left; a grant for one of them is given back."""
+    taken: list[int] = []
+    """Granted, and the lease is in the counters."""
+    returned: list[int] = []
+    """Granted, but the instance has changed: back to their places."""
+    freed: bool = False
+    """An instance for which others wait has one request less."""
+    complete: bool = True
+    """Everything that waits at the frontend has been offered. A new scheduler grants nothing until all say so, as the
+    oldest ticket may be the last one to be offered."""
+
+
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """`POST /v1/abort_requests`, body as it came. Answered by a `Reply`."""
 
@@ -114,6 +154,35 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, tag=17):
     call: int
     status: int
     body: bytes
+
+
+class Grant(msgspec.Struct, frozen=True, array_like=True):
+    """The ticket's request may be sent to the slot, where a place is reserved for it."""
+
+    number: int
+    slot: int
+    generation: int
+    home: int
+    """The slot in whose line it stood."""
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True):
+    """The queue does not take the ticket: it is full."""
+
+    number: int
+    retry_after_s: int
+    message: str
+
+
+class Grants(msgspec.Struct, frozen=True, array_like=True, tag=18):
+    """The queue's answers to `Tickets`."""
+
+    granted: list[Grant] = []
+    refused: list[Refusal] = []
+    lost: list[int] = []
+    """Nobody serves them any more: choose again."""
+    again: bool = False
+    """Grants were not heeded in time; whatever still waits must be offered again."""
 
 
 class EndRequests(msgspec.Struct, frozen=True, array_like=True, tag=19):
@@ -249,8 +318,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="Load"):
     kv_permille: int = -1
 
 
-FrontendToScheduler = FrontendHello | Register | Drain | RoutingNotices | AbortRequests | Ended | CheckHealth
-SchedulerToFrontend = Welcome | Reply | EndRequests
+FrontendToScheduler = FrontendHello | Register | Drain | RoutingNotices | Tickets | AbortRequests | Ended | CheckHealth
+SchedulerToFrontend = Welcome | Reply | Grants | EndRequests
 EngineToScheduler = EngineHello | EngineBeat | EngineGoodbye
 SchedulerToEngine = Accepted | Refused | SchedulerBeat | HelloAgain
 FrontendToEngine = DataHello | Ping | Request | Abort

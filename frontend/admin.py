@@ -65,6 +65,18 @@ class Admin:
             {"instances": fleet.rows(self._table, now_ns), "scheduler": self._scheduler(now_ns)},
         )
 
+    async def queue(self, request: Request) -> Response:
+        """Who waits for room, and what has been moved."""
+        rows = fleet.queue(self._table)
+        return json_response(
+            {
+                "tickets": sum(row.tickets for row in rows),
+                "tokens": sum(row.tokens for row in rows),
+                "instances": rows,
+                "scheduler": self._scheduler(time.monotonic_ns()),
+            }
+        )
+
     async def endpoints(self, request: Request) -> Response:
         """Where native engines find the scheduler."""
         settings = self._config.engines

@@ -62,6 +62,7 @@ def application(inference: Inference, admin: Admin, fastdeploy: FastDeployRoutes
                 Route("/health_generate", fastdeploy.health_generate, methods=["GET"]),
                 Route("/drain", admin.drain, methods=["POST"]),
                 Route("/instances", admin.instances, methods=["GET"]),
+                Route("/queue", admin.queue, methods=["GET"]),
                 Route("/endpoints", admin.endpoints, methods=["GET"]),
                 Route("/health", admin.health, methods=["GET"]),
                 Route("/ready", admin.ready, methods=["GET"]),

@@ -59,6 +59,8 @@ class Control:
         """`on_epoch` hears of every new life of the scheduler. Set `end_requests` before the loop goes on."""
         self.end_requests: Callable[[list[str] | None], list[tuple[str, int]]] = lambda _: []
         """Ends the requests of these names (None: all) and says which there were, and their tokens."""
+        self.on_grants: Callable[[wire.Grants], None] = lambda _: None
+        """Hears the queue's answers to the tickets of requests that wait."""
         self._table = table
         self._who = index, life
         self._loop = loop
@@ -101,6 +103,10 @@ class Control:
     async def check_health(self) -> wire.Reply:
         """`GET /health_generate`. Raises `SchedulerAway`."""
         return await self._call(wire.CheckHealth)
+
+    def offer(self, tickets: wire.Tickets) -> bool:
+        """Tells the queue, without waiting; False when the scheduler is not connected, or takes no more."""
+        return self._send(tickets)
 
     async def _call(self, message: Callable[[int], wire.FrontendToScheduler]) -> wire.Reply:
         number = next(self._numbers)
@@ -145,6 +151,8 @@ class Control:
         match message:
             case wire.Welcome(epoch=epoch):
                 self._welcomed = epoch
+            case wire.Grants():
+                self.on_grants(message)
             case wire.Reply(call=call):
                 if (pending := self._pending.get(call)) is not None and not pending.answer.done():
                     pending.answer.set_result(message)

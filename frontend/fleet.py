@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from broker.errors import UNDECODABLE
-from broker.table import UNKNOWN, Column, State
+from broker.table import UNKNOWN, Column, QueueColumn, State
 from broker.types import Trust
 from broker.view import Entry, TableReader
 
@@ -78,6 +78,40 @@ def _row(table: TableReader, entry: Entry, now_ns: int) -> Row:
         load_endpoint=instance.load_endpoint or None,
         transfer=_shown(instance.transfer),
         fastdeploy=instance.fastdeploy,
+    )
+
+
+class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What the admission queue has to do with one instance."""
+
+    url: str
+    tickets: int
+    """Requests in line that prefer it."""
+    tokens: int
+    reserved: int
+    """Granted, on their way to a lease."""
+    granted: int
+    """Since it registered, as the next two."""
+    stolen: int
+    robbed: int
+
+
+def queue(table: TableReader) -> list[QueueRow]:
+    """Every registered instance, sorted by URL."""
+    return [_queue_row(table, entry) for entry in table.entries()]
+
+
+def _queue_row(table: TableReader, entry: Entry) -> QueueRow:
+    slots = len(table.queue) // len(QueueColumn)
+    cells = {column: table.queue[column * slots + entry.slot] for column in QueueColumn}
+    return QueueRow(
+        url=entry.instance.url,
+        tickets=cells[QueueColumn.TICKETS],
+        tokens=cells[QueueColumn.TOKENS],
+        reserved=cells[QueueColumn.RESERVED],
+        granted=cells[QueueColumn.GRANTED],
+        stolen=cells[QueueColumn.STOLEN],
+        robbed=cells[QueueColumn.ROBBED],
     )
 
 

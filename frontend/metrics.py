@@ -55,10 +55,21 @@ _REFUSALS = (
     ("rejected", "Bad requests, nothing forwarded", TotalColumn.REJECTED),
     ("no_instance", "Requests for which no instance was ready", TotalColumn.NO_INSTANCE),
     ("model_not_found", "Requests for a model that nobody serves", TotalColumn.MODEL_NOT_FOUND),
+    ("queued", "Requests that found every candidate saturated and stood in line", TotalColumn.QUEUED),
+    ("queue_full", "Requests refused because too many stood in line", TotalColumn.QUEUE_FULL),
+    ("queue_timeout", "Requests whose time was over before there was room", TotalColumn.QUEUE_TIMEOUT),
+)
+_QUEUE = (
+    ("queue_tickets", "Requests in line that prefer the instance", GaugeMetricFamily, "tickets"),
+    ("queue_tokens", "Prompt tokens of those requests", GaugeMetricFamily, "tokens"),
+    ("queue_granted", "Requests from a line that the instance was granted", CounterMetricFamily, "granted"),
+    ("queue_stolen", "Of those, taken from the line of another instance", CounterMetricFamily, "stolen"),
+    ("queue_robbed", "Requests from the instance's line that another was granted", CounterMetricFamily, "robbed"),
 )
 _HISTOGRAMS = (
     ("time_to_first_byte_seconds", "From the request's whole body to the answer's first byte", Histogram.FIRST_TOKEN),
     ("request_duration_seconds", "From the request's whole body to the answer's end", Histogram.DURATION),
+    ("queue_wait_seconds", "In line for room, of the requests that were granted it", Histogram.QUEUE_WAIT),
 )
 _WORKERS = {"mixed": 0, "prefill": 1, "decode": 2}
 """Place of the URL among FastDeploy's labels mixed_worker, prefill_worker, decode_worker."""
@@ -83,6 +94,7 @@ class Metrics:
         entries = self._table.entries()
         yield from self._instances(entries)
         yield from self._outcomes(entries)
+        yield from self._queue()
         yield from self._frontends()
         yield from self._scheduler()
 
@@ -128,6 +140,14 @@ class Metrics:
             family = CounterMetricFamily(f"penstock_instance_{name}_requests", text, labels=("instance",))
             for entry, cells in counted:
                 family.add_metric((entry.instance.url,), cells[column])
+            yield family
+
+    def _queue(self) -> Iterator[Metric]:
+        rows = fleet.queue(self._table)
+        for name, text, kind, field in _QUEUE:
+            family = kind(f"penstock_{name}", text, labels=("instance",))
+            for row in rows:
+                family.add_metric((row.url,), getattr(row, field))
             yield family
 
     def _counted(self, entry: Entry) -> list[int]:

@@ -1,6 +1,6 @@
 """The scheduler process: sockets and timers in, decisions of `Registry`, memory and replies out. One event loop.
 
-    control.sock  ROUTER  frontends    FrontendHello, Register, Drain
+    control.sock  ROUTER  frontends    FrontendHello, Register, Drain, Tickets
     engines.sock  ROUTER  engines      EngineHello, EngineBeat, EngineGoodbye
     load.sock     SUB     engines      Load
     HTTP client           engines      health, models, /metrics
@@ -28,6 +28,7 @@ from broker.errors import ConfigError, WireError
 from broker.faces import face_of
 from broker.port import Frames, Port
 from broker.scheduler.aborts import Aborts
+from broker.scheduler.admission import Admission
 from broker.scheduler.collect import Collector
 from broker.scheduler.events import LoadFeed, Source
 from broker.scheduler.inquiry import check_pairs
@@ -37,6 +38,7 @@ from broker.scheduler.tally import Tally
 from broker.scheduler.watch import Watch
 from broker.table import BEAT_S, SchedulerEvent, TableWriter
 from broker.types import LoadReport
+from broker.view import TableReader
 
 logger = logging.getLogger("scheduler")
 
@@ -48,6 +50,9 @@ MAX_FRAME_BYTES = 4 * wire.MAX_CONTROL_BYTES
 HWM = 4096
 RECLAIM_EVERY = 4
 """Beats."""
+QUEUE_TICK_S = 0.01
+"""While requests wait. Room is told by the frontend that made it; this finds what nobody tells, such as the counters of
+a dead one being settled."""
 
 
 class Scheduler:
@@ -65,6 +70,12 @@ class Scheduler:
         self._registry = Registry(table, config, time.monotonic_ns())
         self._followed_changes = -1
         self._feed = LoadFeed(self._loop, self._context, self._tally, self._apply)
+        reader = TableReader.attach(run_dir, config)
+        self._admission = Admission(
+            reader, table.queue, table.events, config.scheduler, self._tell, time.monotonic_ns()
+        )
+        self._sweeping = False
+        self._queue_timer: asyncio.TimerHandle | None = None
         self._answering: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
 
@@ -89,7 +100,9 @@ class Scheduler:
                 self._registry, collector, lambda peer, message: self._send(self._frontends, peer, message)
             )
             self._open(stack)
+            self._sweep_soon()
             stack.push_async_callback(self._end_answers)
+            stack.callback(self._close_queue)
             # A task that fails ends the process: better a restart than half a scheduler.
             async with asyncio.TaskGroup() as tasks:
                 running = [
@@ -181,6 +194,9 @@ class Scheduler:
                     logger.info("%s is %s", url, member.state.name)
                     status, answer_body = answer(200, "success", url=url, state=member.state.name.lower())
                 self._send(self._frontends, peer, wire.Reply(call, status, answer_body))
+            case wire.Tickets() as tickets:
+                self._admission.hear(peer, tickets, time.monotonic_ns())
+                self._sweep_soon()
 
     async def _check_pairs(self) -> tuple[int, bytes]:
         await check_pairs(self._registry, self._collector, self._config.manager)
@@ -200,6 +216,32 @@ class Scheduler:
         for task in list(self._answering):
             task.cancel()
         await asyncio.gather(*self._answering, return_exceptions=True)
+
+    # -- requests that wait ------------------------------------------------------------------------------------
+
+    def _sweep_soon(self) -> None:
+        """Behind the drain that is going on: one sweep for all that it brings."""
+        if not self._sweeping:
+            self._sweeping = True
+            self._loop.call_soon(self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeping = False
+        self._admission.sweep(time.monotonic_ns())
+        if self._queue_timer is None and not self._admission.is_idle:
+            self._queue_timer = self._loop.call_later(QUEUE_TICK_S, self._queue_tick)
+
+    def _queue_tick(self) -> None:
+        self._queue_timer = None
+        self._admission.tick(time.monotonic_ns())
+        self._sweep()
+
+    def _tell(self, address: bytes, message: wire.Grants) -> None:
+        self._send(self._frontends, address, message)
+
+    def _close_queue(self) -> None:
+        if self._queue_timer is not None:
+            self._queue_timer.cancel()
 
     # -- engines -----------------------------------------------------------------------------------------------
 
@@ -233,6 +275,8 @@ class Scheduler:
                 known = self._registry.native_load(source, report, now)
             if not known:
                 self._tally.add(SchedulerEvent.LOADS_DROPPED)
+        if not self._admission.is_idle:
+            self._sweep_soon()
 
     # -- time --------------------------------------------------------------------------------------------------
 

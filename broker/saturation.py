@@ -1,0 +1,81 @@
+"""How many more requests an instance should get now: the one rule, for frontends that choose and for the scheduler
+that grants.
+
+    room = limit - others - in flight - reserved
+
+    limit      the capacity it registered or reported (a native engine's credit), else `scheduler.instance-capacity`.
+               Nothing known: none, until its reports show that it is full. Then, and for HTTP engines whose KV cache is
+               full whatever their capacity, 1: an instance with nothing to do is never full
+    others     HTTP engines: what they report beyond what this host had sent them then
+    in flight  from all frontends of this host, live
+    reserved   granted to waiting requests that have not taken their lease yet
+
+An engine shows that it is full by requests that wait in two reports running, or by 95 % of its KV cache in use; reports
+that are too old show nothing. One that has shown it, and does no longer, opens step by step: see `opening`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from broker.table import Column, QueueColumn
+from broker.view import TableReader
+
+UNLIMITED = 1 << 62
+FULL_KV_PERMILLE = 950
+FULL_REPORTS = 2
+STEP = 4
+"""An instance of unknown capacity may grow by a fourth of what it had at its last report."""
+
+
+class Saturation:
+    """Reads the table; every call is for now. Owned by one process."""
+
+    def __init__(
+        self, table: TableReader, instance_capacity: int, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._table = table
+        self._default = instance_capacity
+        self._clock = clock
+        self._slots = len(table.queue) // len(QueueColumn)
+
+    def room(self, slot: int) -> int:
+        """Of a candidate of the last view; UNLIMITED, or at most 0 when it is saturated."""
+        row: list[int] = self._table.snapshot[:, slot].tolist()
+        limit = row[Column.CAPACITY] or self._default
+        others = 0
+        if not (limit and self._table.instance(slot).is_native) and self._is_fresh(row):
+            running, waiting = row[Column.RUNNING], row[Column.WAITING]
+            if running >= 0 and waiting >= 0:
+                others = max(0, running + waiting - row[Column.IN_FLIGHT_THEN])
+            full = row[Column.KV_PERMILLE] >= FULL_KV_PERMILLE
+            if full or (not limit and row[Column.WAITED] >= FULL_REPORTS):
+                limit = 1
+        if not limit:
+            return UNLIMITED
+        return limit - others - self._taken(slot)
+
+    def opening(self, slot: int) -> int:
+        """The room that waiting requests may be granted. As `room`, but where nothing says how much an instance takes,
+        it gets a little more per report: all that wait at once would be far too many."""
+        room = self.room(slot)
+        if room < UNLIMITED:
+            return room
+        row: list[int] = self._table.snapshot[:, slot].tolist()
+        if not self._is_fresh(row):
+            return UNLIMITED
+        then = row[Column.IN_FLIGHT_THEN]
+        return max(1, then // STEP) - max(0, self._taken(slot) - then)
+
+    def is_held(self, slot: int) -> bool:
+        """Whether requests wait that the instance could serve."""
+        return bool(self._table.queue[slot])  # QueueColumn.HELD is the first
+
+    def _taken(self, slot: int) -> int:
+        reserved: int = self._table.queue[QueueColumn.RESERVED * self._slots + slot]
+        return reserved + self._table.counters.requests(slot)
+
+    def _is_fresh(self, row: list[int]) -> bool:
+        reported_ns = row[Column.REPORTED_NS]
+        return reported_ns > 0 and self._clock() - reported_ns <= self._table.stale_after_ns

@@ -1,0 +1,336 @@
+"""Requests that find every candidate saturated: they wait here, in the scheduler's line, until they are granted one.
+
+    choose ---- the choice has room ------------------------------> Choice          neither queue nor scheduler is asked
+       |  ---- another one has -----------------------------------> Choice
+       |
+       +----- none has ---> Saturated.wait --> offered --> granted -> lease -> taken
+                                                  |           |
+                                                  |           +-- the instance has changed: returned, to its old place
+                                                  +-- deadline, full, client gone, nobody serves it any more
+
+A request's body never leaves this process. What a turn of the loop has to say to the scheduler is one message; what is
+lost with a scheduler is said again to the next one. While none is alive, requests wait all the same, in order, and each
+frontend starts its own as it sees room.
+
+Nothing here awaits: whoever waits is called back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Collection
+
+from broker import wire
+from broker.config import Config
+from broker.counters import FrontendCounters, Histogram, TotalColumn
+from broker.errors import PenstockError, QueueFull, QueueTimeout
+from broker.saturation import Saturation
+from broker.types import RouteRequest
+from broker.view import TableReader
+from frontend.dispatch import Choice, Dispatcher
+from frontend.upstream.base import Headers
+from frontend.waiting import Saturated, Waiter
+
+PRIORITY = b"x-penstock-priority"
+PRIORITIES = {b"high": 0, b"normal": 1, b"low": 2}
+"""Values of that header; any other is as good as none."""
+TICK_S = 0.01
+"""How often, while requests wait, unsent messages are sent again, and room is looked for when no scheduler is alive."""
+PER_MESSAGE = 64
+"""Tickets in one message: with the longest names it stays within `wire.MAX_CONTROL_BYTES`."""
+MOST_MODEL = 512
+"""Characters of a model's name that a ticket carries. Longer ones are nobody's, whatever follows."""
+ALONE = 64
+"""Waiting requests that are tried per tick when no scheduler is alive."""
+ATTEMPTS = 4
+"""Choices that turned out full in the meantime, until the request waits."""
+
+
+class Waiting:
+    """One request in line. Its owner is whoever waits, who calls `leave` at the end, whatever happened."""
+
+    __slots__ = ("_line", "deadline", "home", "key", "number", "priority", "route", "since_ns", "waiter")
+
+    def __init__(
+        self, line: Admission, number: int, route: RouteRequest, headers: Headers, home: int, waiter: Waiter
+    ) -> None:
+        self._line = line
+        self.number = number
+        self.route = route
+        self.home = home
+        self.waiter = waiter
+        self.key, self.priority = line.standing(headers)
+        self.since_ns = time.monotonic_ns()
+        self.deadline = line.loop.call_later(line.timeout_s, line.expire, self)
+
+    def leave(self) -> None:
+        """Idempotent."""
+        self._line.leave(self)
+
+    def ticket(self, timeout_ns: int) -> wire.Ticket:
+        route = self.route
+        return wire.Ticket(
+            self.number,
+            route.role,
+            route.model[:MOST_MODEL] if route.model is not None else None,
+            max(1, route.prompt_tokens),
+            self.home,
+            self.priority,
+            self.key,
+            self.since_ns,
+            self.since_ns + timeout_ns,
+        )
+
+
+class Admission:
+    """A frontend's `Chooser` of single instances. Owns its waiting requests; everything on the loop's thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        table: TableReader,
+        dispatcher: Dispatcher,
+        counters: FrontendCounters,
+        life: int,
+        loop: asyncio.AbstractEventLoop,
+        send: Callable[[wire.Tickets], bool],
+    ) -> None:
+        """`send` says whether the scheduler will get the message."""
+        self.breaker = dispatcher.breaker
+        self.loop = loop
+        self.timeout_s = config.scheduler.queue_timeout_secs
+        self._table = table
+        self._dispatcher = dispatcher
+        self._counters = counters
+        self._who = counters.index, life
+        self._send = send
+        self._saturation = Saturation(table, config.scheduler.instance_capacity)
+        self._header = config.scheduler.fairness_header.lower().encode()
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, Waiting] = {}  # in the order of their coming
+        self._offers: dict[int, Waiting] = {}  # what is to be said, until it is sent
+        self._withdrawn: list[int] = []
+        self._taken: list[int] = []
+        self._returned: list[int] = []
+        self._freed = False
+        self._announces = False
+        self._flushing = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"Admission({len(self._waiting)} waiting, {len(self._offers)} of them not offered yet)"
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # -- choosing ------------------------------------------------------------------------------------------
+
+    def choose(self, request: RouteRequest, tried: Collection[int], now: float) -> Choice:
+        """As the policy says, if there is room; else whatever has room, as the policy says.
+
+        Raises `Saturated` where it can be waited for. A request that failed elsewhere does not wait again: it goes
+        to the next instance, full or not.
+        """
+        if self._waiting and not tried and not self._is_alive():
+            # Nobody holds the instances for those in line but us.
+            raise Saturated(self, next(iter(self._waiting.values())).home)
+        return self._choose(request, tried, now)
+
+    def _choose(self, request: RouteRequest, tried: Collection[int], now: float) -> Choice:
+        choice = self._dispatcher.choose(request, tried, now)
+        if not tried and not self._fits(choice.lease.slot):
+            choice = self._another(request, choice, now)
+        choice.lease.on_close = self._closed
+        return choice
+
+    def _fits(self, slot: int) -> bool:
+        """Whether the lease just taken there is within its room, and overtakes nobody in line."""
+        if self._saturation.room(slot) < 0:
+            return False
+        return not self._saturation.is_held(slot) or not self._is_alive()
+
+    def _another(self, request: RouteRequest, choice: Choice, now: float) -> Choice:
+        home = choice.lease.slot
+        broken = self.breaker.open_slots(now)
+        for _ in range(ATTEMPTS):
+            # Counted before it is looked at, so two frontends cannot both take the last place; both may give it back.
+            choice.lease.withdraw()
+            held = self._is_alive()
+            slots: list[int] = self._table.view(request.role, request.model).slots.tolist()
+            unfit = {slot for slot in slots if self._saturation.room(slot) < 1}
+            unfit |= {slot for slot in slots if held and self._saturation.is_held(slot)}
+            if not any(slot not in unfit and slot not in broken for slot in slots):
+                break
+            choice = self._dispatcher.choose(request, (), now, unfit=unfit)
+            if self._fits(choice.lease.slot):
+                return choice
+        choice.lease.withdraw()
+        raise Saturated(self, home)
+
+    def _is_alive(self) -> bool:
+        return self._table.alive(time.monotonic_ns())
+
+    def _closed(self, slot: int) -> None:
+        """A lease of ours ended. Those in line are told of it at once."""
+        if self._saturation.is_held(slot):
+            self._freed = True
+            self._flush_soon()
+
+    # -- waiting -------------------------------------------------------------------------------------------
+
+    def wait(self, route: RouteRequest, headers: Headers, home: int, waiter: Waiter) -> Waiting:
+        """Puts the request in line; `home` is the slot that the policy preferred."""
+        self._counters.count(TotalColumn.QUEUED)
+        waiting = Waiting(self, next(self._numbers), route, headers, home, waiter)
+        self._waiting[waiting.number] = self._offers[waiting.number] = waiting
+        self._flush_soon()
+        return waiting
+
+    def standing(self, headers: Headers) -> tuple[str, int]:
+        """Fairness key and priority. The key is a digest: what tells clients apart may be their secret."""
+        key, priority = b"", PRIORITIES[b"normal"]
+        for name, value in headers:
+            if name == self._header:
+                key = value
+            elif name == PRIORITY:
+                priority = PRIORITIES.get(value.strip().lower(), priority)
+        return hashlib.blake2b(key, digest_size=8).hexdigest() if key else "", priority
+
+    def leave(self, waiting: Waiting) -> None:
+        if self._forget(waiting) is not None:
+            self._withdraw(waiting.number)
+
+    def expire(self, waiting: Waiting) -> None:
+        """Its time is over."""
+        if self._forget(waiting) is not None:
+            self._withdraw(waiting.number)
+            self._counters.count(TotalColumn.QUEUE_TIMEOUT)
+            waiting.waiter.refused(
+                QueueTimeout(
+                    f"no instance had room within {self.timeout_s:g} s; {len(self._waiting)} more requests wait "
+                    "at this frontend"
+                )
+            )
+
+    def offer_again(self) -> None:
+        """The scheduler knows nothing of what waits here: it is another one, or thought us dead."""
+        self._offers.update(self._waiting)
+        self._taken, self._returned, self._withdrawn = [], [], []
+        self._announces = True
+        self._flush_soon()
+
+    def _forget(self, waiting: Waiting) -> Waiting | None:
+        waiting.deadline.cancel()
+        return self._waiting.pop(waiting.number, None)
+
+    def _withdraw(self, number: int) -> None:
+        if self._offers.pop(number, None) is None:
+            self._withdrawn.append(number)
+            self._flush_soon()
+
+    # -- the scheduler's answers ---------------------------------------------------------------------------
+
+    def hear(self, message: wire.Grants) -> None:
+        for grant in message.granted:
+            self._granted(grant)
+        for refusal in message.refused:
+            if (waiting := self._waiting.get(refusal.number)) is not None:
+                self._forget(waiting)
+                self._counters.count(TotalColumn.QUEUE_FULL)
+                waiting.waiter.refused(QueueFull(refusal.message, retry_after_s=refusal.retry_after_s))
+        for number in message.lost:
+            if (waiting := self._waiting.get(number)) is not None:
+                self._start(waiting)
+        if message.again:
+            self.offer_again()
+
+    def _granted(self, grant: wire.Grant) -> None:
+        waiting = self._waiting.get(grant.number)
+        if waiting is None:  # its client left while the grant was on its way; the place is given back
+            self._withdraw(grant.number)
+            return
+        tokens = waiting.route.prompt_tokens
+        choice = self._dispatcher.claim(grant.slot, grant.generation, tokens, time.monotonic())
+        if choice is None:
+            self._returned.append(grant.number)
+        else:
+            self._taken.append(grant.number)
+            self._admit(waiting, choice, grant.home)
+        self._flush_soon()
+
+    def _start(self, waiting: Waiting) -> bool:
+        """Chooses anew for a request in line; False if it must go on waiting."""
+        try:
+            choice = self._choose(waiting.route, (), time.monotonic())
+        except Saturated as saturated:
+            waiting.home = saturated.home
+            if self._is_alive():
+                self._offers[waiting.number] = waiting
+                self._flush_soon()
+            return False
+        except PenstockError as error:
+            self._forget(waiting)
+            self._offers.pop(waiting.number, None)
+            waiting.waiter.refused(error)
+        else:
+            self._offers.pop(waiting.number, None)
+            self._admit(waiting, choice, choice.lease.slot)
+        return True
+
+    def _admit(self, waiting: Waiting, choice: Choice, home: int) -> None:
+        self._forget(waiting)
+        choice.lease.on_close = self._closed
+        waited_s = (time.monotonic_ns() - waiting.since_ns) / 1e9
+        self._counters.observe(Histogram.QUEUE_WAIT, waited_s)
+        waiting.waiter.granted(choice, waited_s, self._url(home, choice))
+
+    def _url(self, home: int, choice: Choice) -> str:
+        if home == choice.lease.slot:
+            return choice.instance.url
+        try:
+            return self._table.instance(home).url
+        except KeyError:
+            return f"slot {home}"  # gone while the request waited
+
+    # -- to the scheduler ----------------------------------------------------------------------------------
+
+    def _flush_soon(self) -> None:
+        """Behind what this turn of the loop still brings: one message for all of it."""
+        if not self._flushing:
+            self._flushing = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        timeout_ns = int(self.timeout_s * 1e9)
+        while self._offers or self._withdrawn or self._taken or self._returned or self._freed or self._announces:
+            offered = list(itertools.islice(self._offers.values(), PER_MESSAGE))
+            message = wire.Tickets(
+                *self._who,
+                [waiting.ticket(timeout_ns) for waiting in offered],
+                self._withdrawn[:PER_MESSAGE],
+                self._taken[:PER_MESSAGE],
+                self._returned[:PER_MESSAGE],
+                self._freed,
+                len(offered) == len(self._offers),
+            )
+            if not self._send(message):
+                break
+            for waiting in offered:
+                del self._offers[waiting.number]
+            for said in (self._withdrawn, self._taken, self._returned):
+                del said[:PER_MESSAGE]
+            self._freed = self._announces = False
+        if self._timer is None and (self._waiting or self._withdrawn or self._taken or self._announces):
+            self._timer = self.loop.call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self._waiting and not self._is_alive():
+            for waiting in list(itertools.islice(self._waiting.values(), ALONE)):
+                self._start(waiting)
+        self._flush()
