@@ -85,6 +85,8 @@ class TotalColumn(IntEnum):
     QUEUED = 13  # requests that found every candidate saturated and waited for room
     QUEUE_FULL = 14
     QUEUE_TIMEOUT = 15
+    SESSION_CHOICES = 16  # by a policy that looks prompts up, for a session
+    SESSION_REPEATS = 17  # of those: where the session's last one was
 
 
 class Histogram(IntEnum):
@@ -118,6 +120,7 @@ class RosterColumn(IntEnum):
 class RosterState(IntEnum):
     EMPTY = 0
     LIVE = 1
+    LEAVING = 2  # takes no more connections; ends with its last stream
 
 
 class CountersCell(IntEnum):
@@ -306,6 +309,10 @@ class Roster:
     def started(self, row: int, pid: int) -> None:
         """Note the pid of the frontend that has `row`."""
         self._roster[row, RosterColumn.PID] = pid
+
+    def leaves(self, row: int) -> None:
+        """The frontend of `row` takes no more connections: the others need not wait for it to take its share."""
+        self._roster[row, RosterColumn.STATE] = RosterState.LEAVING
 
     def settle(self, row: int) -> int:
         """End what a dead frontend had in flight and free its row; returns the requests it abandoned.

@@ -98,7 +98,7 @@ class Inference:
                 trace = _value(found, b"x_bd_logid").decode("latin-1")
                 tags = (("trace_id", trace), *read.tags(), ("request_id", name))
                 story = self._stories.begin("POST", path, client, tags)
-                story.parsed()
+                story.parsed(stream=stream)
             route = RouteRequest(model=model, session=read.session() or session, prompt=text, prompt_tokens=tokens)
         else:
             route = RouteRequest(session=session)

@@ -37,6 +37,7 @@ from frontend.metrics import Metrics
 from frontend.outside import Outside, Told
 from frontend.pair import Pairer
 from frontend.server import KEEP_ALIVE_S, Server, quiet_uvicorn
+from frontend.sessions import by_role
 from frontend.story import Stories
 from frontend.upstream.http import HttpUpstream
 from frontend.upstream.zmq import ZmqUpstream
@@ -107,13 +108,14 @@ async def serve(
         stack.callback(Watch(table, http, native, loop).close)
         breaker = Breaker(config.upstream.breaker_failures, config.upstream.breaker_secs)
         dispatcher = Dispatcher(table, counters, make_policies(config, index), breaker)
+        dispatcher.sessions = by_role(config.scheduler, counters)
         admission = Admission(config, table, dispatcher, counters, life, loop, control.offer)
         stack.callback(admission.close)
         control.on_grants = admission.hear
         chooser = Pairer.over(table, dispatcher, loop) if config.server.splitwise else admission
         forwarder = Forwarder(config, chooser, counters, http, native, loop)
         control.end_requests = forwarder.end_requests
-        admin = Admin(run_dir, config, table, control, Metrics(table, segment))
+        admin = Admin(run_dir, config, table, control, Metrics(table, segment, forwarder.pairings))
         face = face_of(config)
         stories = Stories.of(face, table.counters)
         inference = Inference(config, forwarder, stories)
@@ -126,8 +128,14 @@ async def serve(
 
         too_late = Stopping(f"the router stops, and the {drain_s:g} s for running requests are over")
 
-        def on_stop() -> None:
+        hurry = True
+
+        def limit() -> None:
             loop.call_later(drain_s, forwarder.end_all, too_late)
+
+        def on_stop() -> None:
+            if hurry:
+                limit()
 
         server = Server(
             uvicorn.Config(
@@ -156,11 +164,21 @@ async def serve(
         )
 
         def stop() -> None:
+            if server.should_exit:  # it was leaving without haste
+                limit()
             server.should_exit = True
             if alive_fd >= 0:
                 loop.remove_reader(alive_fd)
 
+        def leave() -> None:
+            """Another frontend has taken over: no new connections, and the streams under way take what they take."""
+            nonlocal hurry
+            hurry = False
+            server.config.timeout_graceful_shutdown = None
+            server.should_exit = True
+
         loop.add_signal_handler(signal.SIGTERM, stop)
+        loop.add_signal_handler(signal.SIGUSR2, leave)
         if alive_fd >= 0:
             # Only the supervisor holds the other end: readable means that it died, however it died.
             loop.add_reader(alive_fd, stop)

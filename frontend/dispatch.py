@@ -19,6 +19,7 @@ from broker.policies import Options, Policy, frontend_rng, make_policy
 from broker.types import Instance, Role, RouteRequest
 from broker.view import TableReader, View
 from frontend.breaker import Breaker
+from frontend.sessions import Sessions
 from frontend.upstream.base import Call, Sink, Upstream, UpstreamRequest
 
 TAKES = 8
@@ -104,6 +105,8 @@ class Dispatcher:
         self._table = table
         self._counters = counters
         self._policies = policies
+        self.sessions: Mapping[Role, Sessions] = {}
+        """Roles whose policy remembers prompts; set by the frontend's process."""
         self.breaker = breaker
 
     def choose(self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int] = ()) -> Choice:
@@ -116,7 +119,10 @@ class Dispatcher:
             lease = take(self._table, self._counters, slot, view.generation(slot), request.prompt_tokens)
             if lease is not None:
                 self.breaker.tries(slot, now)
-                return Choice(self._table.instance(slot), lease)
+                instance = self._table.instance(slot)
+                if request.session and request.role in self.sessions:
+                    self.sessions[request.role].chosen(request.session, instance.url)
+                return Choice(instance, lease)
         raise NoInstance("instances come and go faster than a request can be placed; try again")
 
     def claim(self, slot: int, generation: int, tokens: int, now: float) -> Choice | None:

@@ -46,6 +46,7 @@ from broker.errors import (
 from broker.faces import face_of
 from broker.types import Instance, RouteRequest
 from frontend.dispatch import Chooser, Chosen
+from frontend.pairings import Pairings
 from frontend.story import Story
 from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
 from frontend.waiting import Place, Saturated
@@ -104,6 +105,7 @@ class Forwarder:
         self.idle_s = config.timeouts.idle_secs
         self.policy = config.scheduler.policy
         self.face = face_of(config)
+        self.pairings = Pairings()
         self.live: set[Forward] = set()
         self._http = http
         self._native = native
@@ -363,8 +365,6 @@ class Forward:
         last.lease.close()
         if call is not None:
             call.cancel()
-        if self._story is not None:
-            self._story.released()
         self._open(choice)
         return True
 
@@ -446,6 +446,8 @@ class Forward:
             elif outcome is Outcome.GONE:
                 choice.lease.count(CounterColumn.GONE)
             counted = self._first_byte is not None or shared.face.counts_unanswered
+            if counted and len(choice.legs) > 1:
+                shared.pairings.count(choice.legs[0].instance.url, choice.lease, self._status)
             choice.lease.close(status_column(self._status) if counted else None)
         place, self._place = self._place, None
         if place is not None:
@@ -454,7 +456,6 @@ class Forward:
         if call is not None:
             call.cancel()
         if self._story is not None:
-            self._story.released()
             self._story.ended(self._status, duration, completed=self._first_byte is not None)
         elif access.isEnabledFor(logging.INFO):
             self._log(outcome, duration)

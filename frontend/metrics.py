@@ -23,8 +23,10 @@ from broker.counters import (
 )
 from broker.counters import outcome as status_column
 from broker.table import State
+from broker.types import Role
 from broker.view import Entry, TableReader
 from frontend import fleet
+from frontend.pairings import Pairings
 from shm.segment import Segment
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -66,6 +68,19 @@ _QUEUE = (
     ("queue_stolen", "Of those, taken from the line of another instance", CounterMetricFamily, "stolen"),
     ("queue_robbed", "Requests from the instance's line that another was granted", CounterMetricFamily, "robbed"),
 )
+_SESSIONS = (
+    (
+        "router_cache_hit",
+        "Cumulative number of cache hits (same session_id routed to same prefill worker)",
+        TotalColumn.SESSION_REPEATS,
+    ),
+    (
+        "router_cache_request",
+        "Cumulative number of cache-aware scheduling requests with session_id",
+        TotalColumn.SESSION_CHOICES,
+    ),
+)
+"""FastDeploy's: not hits of any cache, but sessions that stayed where they were."""
 _HISTOGRAMS = (
     ("time_to_first_byte_seconds", "From the request's whole body to the answer's first byte", Histogram.FIRST_TOKEN),
     ("request_duration_seconds", "From the request's whole body to the answer's end", Histogram.DURATION),
@@ -78,8 +93,9 @@ _WORKERS = {"mixed": 0, "prefill": 1, "decode": 2}
 class Metrics:
     """A collector over the load table and the counters; reads only."""
 
-    def __init__(self, table: TableReader, counters: Segment) -> None:
+    def __init__(self, table: TableReader, counters: Segment, pairings: Pairings | None = None) -> None:
         self._table = table
+        self._pairings = pairings or Pairings()
         self._totals = counters.array("totals")
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -127,8 +143,15 @@ class Metrics:
             workers = ["", "", ""]
             workers[_WORKERS[entry.instance.role.name.lower()]] = entry.instance.url
             for status, column in (*statuses, ("other", CounterColumn.STATUS_OTHER)):
-                if cells[column]:
-                    answers.add_metric((*workers, status), cells[column])
+                count = cells[column]
+                if entry.instance.role is Role.DECODE and status.isdigit():
+                    # Pairs that other frontends made are counted by decode alone.
+                    pairs = self._pairings.of(entry.slot, entry.generation, int(status))
+                    count -= sum(pairs.values())
+                    for prefill, answered in pairs.items():
+                        answers.add_metric(("", prefill, entry.instance.url, status), answered)
+                if count > 0:
+                    answers.add_metric((*workers, status), count)
         yield answers
         requests = CounterMetricFamily(
             "penstock_instance_requests", "Requests sent to the instance, every attempt", labels=("instance",)
@@ -168,6 +191,8 @@ class Metrics:
         yield classes
         for name, text, column in _REFUSALS:
             yield CounterMetricFamily(f"penstock_{name}_requests", text, value=totals[column])
+        for name, text, column in _SESSIONS:
+            yield CounterMetricFamily(name, text, value=totals[column])
         for name, text, histogram in _HISTOGRAMS:
             yield _histogram(f"penstock_{name}", text, totals, histogram)
         connections = GaugeMetricFamily("penstock_open_connections", "Clients' connections", labels=("frontend",))

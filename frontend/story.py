@@ -42,7 +42,7 @@ class Stories:
 class Story:
     """Of one request; told by whoever moves it."""
 
-    __slots__ = ("_client", "_context", "_counters", "_held", "_method", "_narrator", "_path")
+    __slots__ = ("_client", "_context", "_counters", "_held", "_method", "_narrator", "_path", "_stream", "_tokens")
 
     def __init__(self, stories: Stories, method: str, path: str, client: str, context: str) -> None:
         self._narrator = stories.narrator
@@ -50,14 +50,20 @@ class Story:
         self._method = method
         self._path = path
         self._client = client
-        self._held: dict[int, tuple[str, int]] = {}  # slot -> URL and tokens of the leases not yet told as released
+        self._held: dict[int, Choice] = {}  # by slot: the leases not closed yet
+        self._tokens: dict[int, int] = {}  # what they count
+        self._stream = False
         self._context = context
 
-    def parsed(self) -> None:
+    def parsed(self, *, stream: bool) -> None:
+        self._stream = stream
         self._tell(Event.PARSED)
 
     def chosen(self, legs: tuple[Choice, ...]) -> None:
-        self._held = {leg.lease.slot: (leg.instance.url, leg.lease.tokens) for leg in legs}
+        self._held = {leg.lease.slot: leg for leg in legs}
+        self._tokens = {leg.lease.slot: leg.lease.tokens for leg in legs}
+        for leg in legs:
+            self._follow(leg.lease)
         paired = len(legs) > 1
         if paired:
             self._tell(Event.CHOOSING_PREFILL, now=_now())
@@ -85,25 +91,29 @@ class Story:
         self._tell(Event.ATTEMPT_FAILED, attempt=attempt, attempts=attempts, error=error)
         self._tell(Event.BACKEND_FAILED, url=where, error=error)
 
-    def prefilled(self, lease: Lease, *, stream: bool) -> None:
-        """Prefill has done its work, and its lease is closed."""
-        url, _ = self._held.get(lease.slot, ("", 0))
-        self._tell(Event.PREFILL_DONE if stream else Event.PREFILL_READ, url=url)
-        self._release(lease.slot)
+    def _follow(self, lease: Lease) -> None:
+        earlier = lease.on_close
 
-    def released(self) -> None:
-        """Every lease is closed."""
-        for slot in list(self._held):
-            self._release(slot)
+        def closed(slot: int) -> None:
+            if earlier is not None:
+                earlier(slot)
+            self._released(slot)
 
-    def _release(self, slot: int) -> None:
-        held = self._held.pop(slot, None)
-        if held is not None and self._narrator.tells(Event.RELEASED):
-            url, tokens = held
-            count, left = self._counters.in_flight(slot)
+        lease.on_close = closed
+
+    def _released(self, slot: int) -> None:
+        leg = self._held.pop(slot)
+        url = leg.instance.url
+        if leg.instance.role is Role.PREFILL:
+            if not self._held:  # decode's is closed, so this comes with the request's end
+                self._tell(Event.PREFILL_ENDED, url=url, stream=str(self._stream).lower())
+            else:
+                self._tell(Event.PREFILL_DONE if self._stream else Event.PREFILL_READ, url=url)
+        if self._narrator.tells(Event.RELEASED):
+            count, tokens = self._counters.in_flight(slot)
             self._tell(Event.RELEASED, url=url, count=count)
-            if tokens:
-                self._tell(Event.TOKENS_RELEASED, url=url, tokens=left)
+            if self._tokens.pop(slot):
+                self._tell(Event.TOKENS_RELEASED, url=url, tokens=tokens)
 
     def ended(self, status: int, seconds: float, *, completed: bool) -> None:
         if completed:

@@ -42,6 +42,7 @@ class Event(Enum):
     BROKEN = auto()  # error
     PREFILL_DONE = auto()  # url
     PREFILL_READ = auto()  # url
+    PREFILL_ENDED = auto()  # url, stream
     RELEASED = auto()  # url, count
     TOKENS_RELEASED = auto()  # url, tokens
     COMPLETED = auto()

@@ -163,6 +163,9 @@ LINES = {
     Event.PREFILL_READ: Line(
         _INFO, "%(context)s[prefill] non-stream prefill response done, release counter url=%(url)s"
     ),
+    Event.PREFILL_ENDED: Line(
+        _INFO, "%(context)s[prefill] release in defer (fallback) url=%(url)s, isStream=%(stream)s"
+    ),
     Event.RELEASED: Line(_INFO, "%(context)srelease worker: %(url)s, count: %(count)d"),
     Event.TOKENS_RELEASED: Line(_INFO, "%(context)srelease prefill tokens: %(url)s, tokens: %(tokens)d"),
     Event.COMPLETED: Line(_INFO, "%(context)sRequest completed successfully."),

@@ -31,9 +31,6 @@ async def _is_healthy(member: Member, collector: Collector, manager: Manager) ->
         async with asyncio.timeout(manager.health_check_timeout_secs + JOIN_S):
             if instance.is_native:
                 return await collector.incarnation(instance) == instance.incarnation
-            for _ in range(manager.health_failure_threshold):
-                if await collector.is_healthy(instance):
-                    return True
+            return await collector.is_healthy(instance, manager.health_failure_threshold)
     except TimeoutError:
-        pass
-    return False
+        return False

@@ -26,9 +26,11 @@ from broker import wire
 from broker.config import Config
 from broker.errors import ConfigError, WireError
 from broker.faces import face_of
+from broker.narrator import Narrator
 from broker.port import Frames, Port
 from broker.scheduler.aborts import Aborts
 from broker.scheduler.admission import Admission
+from broker.scheduler.bulletin import Bulletin
 from broker.scheduler.collect import Collector
 from broker.scheduler.events import LoadFeed, Source
 from broker.scheduler.inquiry import check_pairs
@@ -74,6 +76,8 @@ class Scheduler:
         self._admission = Admission(
             reader, table.queue, table.events, config.scheduler, self._tell, time.monotonic_ns()
         )
+        narrator = Narrator(face_of(config), "scheduler")
+        self._bulletin = Bulletin(self._registry, reader.counters, narrator, config.scheduler, time.monotonic_ns())
         self._sweeping = False
         self._queue_timer: asyncio.TimerHandle | None = None
         self._answering: set[asyncio.Task[None]] = set()
@@ -92,7 +96,7 @@ class Scheduler:
             collector = await stack.enter_async_context(
                 Collector(self._config.manager, self._context, face_of(self._config))
             )
-            self._watch = Watch(self._registry, collector, self._tally, self._config)
+            self._watch = Watch(self._registry, collector, self._tally, self._config, self._bulletin.removed)
             stack.push_async_callback(self._watch.close)
             self._registrar = Registrar(self._registry, collector, self._tally, self._config)
             self._collector = collector
@@ -296,6 +300,7 @@ class Scheduler:
                     {m.instance.url: m.instance.load_endpoint for m in self._registry if m.instance.load_endpoint}
                 )
             self._watch.turn(now)
+            self._bulletin.turn(now)
             beats += 1
             await asyncio.sleep(BEAT_S)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -28,11 +29,20 @@ MODELS_EVERY = 6
 class Watch:
     """Owner of the running questions; `close` ends them."""
 
-    def __init__(self, registry: Registry, collector: Collector, tally: Tally, config: Config) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        collector: Collector,
+        tally: Tally,
+        config: Config,
+        on_removed: Callable[[Member], None] = lambda _: None,
+    ) -> None:
+        """`on_removed` hears of members that failed their last health check."""
         face = face_of(config)
         self._registry = registry
         self._collector = collector
         self._tally = tally
+        self._on_removed = on_removed
         self._narrator = Narrator(face, "scheduler")
         self._polls = face.polls_unread or policies.read_reports(config.scheduler)
         self._poll_ns = int(config.manager.metrics_interval_secs * SECOND_NS)
@@ -83,6 +93,7 @@ class Watch:
             self._narrator.tell(Event.HEALTH_CHANGED, url=url, state=member.state.name)
         else:
             self._narrator.tell(Event.REMOVED, url=url, role=role)
+            self._on_removed(member)
 
     async def _poll(self, member: Member) -> None:
         report = await self._collector.load(member.instance)
