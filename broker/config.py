@@ -136,6 +136,8 @@ class Engines(Section, frozen=True, forbid_unknown_fields=True):
 
     control_bind: str = ""
     """For example `tcp://0.0.0.0:30100`; empty = engines of this machine only."""
+    p2p_nccl_bind: str = ""
+    """For example `tcp://0.0.0.0:30001`: where vLLM's P2pNcclConnector (`proxy_ip`, `proxy_port`) registers engines."""
     load_bind: str = ""
     """For example `tcp://0.0.0.0:30101`."""
 

@@ -3,6 +3,7 @@
     control.sock  ROUTER  frontends    FrontendHello, Register, Drain, Tickets
     engines.sock  ROUTER  engines      EngineHello, EngineBeat, EngineGoodbye
     load.sock     SUB     engines      Load
+    p2p_nccl      ROUTER  vLLM         registrations of its P2pNcclConnector, where configured
     HTTP client           engines      health, models, /metrics
 
 Nothing waits on a peer: sends do not block, questions run as tasks, and a frame that makes no sense is counted and
@@ -15,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from broker.scheduler.bulletin import Bulletin
 from broker.scheduler.collect import Collector
 from broker.scheduler.events import LoadFeed, Source
 from broker.scheduler.inquiry import check_pairs
+from broker.scheduler.p2p_nccl import P2pNcclBeats
 from broker.scheduler.registrar import Registrar, answer
 from broker.scheduler.registry import Registry
 from broker.scheduler.tally import Tally
@@ -100,6 +102,10 @@ class Scheduler:
             stack.push_async_callback(self._watch.close)
             self._registrar = Registrar(self._registry, collector, self._tally, self._config)
             self._collector = collector
+            self._p2p_nccl = P2pNcclBeats(
+                self._registry, self._registrar.register, self._tally, self._config.server.splitwise
+            )
+            stack.push_async_callback(self._p2p_nccl.close)
             self._aborts = Aborts(
                 self._registry, collector, lambda peer, message: self._send(self._frontends, peer, message)
             )
@@ -126,13 +132,26 @@ class Scheduler:
         try:
             self._frontends = self._router(stack, CONTROL_SOCKET, "", self._from_frontend)
             self._engines = self._router(stack, ENGINES_SOCKET, binds.control_bind, self._from_engine)
+            if binds.p2p_nccl_bind:
+                self._bound(stack, "p2p-nccl", (binds.p2p_nccl_bind,), self._from_p2p_nccl)
             self._feed.bind([self._ipc(LOAD_SOCKET), *filter(None, [binds.load_bind])])
         except zmq.ZMQError as e:
-            where = ", ".join(filter(None, [str(self._run_dir), binds.control_bind, binds.load_bind]))
+            bound = (str(self._run_dir), binds.control_bind, binds.load_bind, binds.p2p_nccl_bind)
+            where = ", ".join(filter(None, bound))
             raise ConfigError(f"cannot bind the sockets for engines ({where}): {e}") from e
 
     def _router(
         self, stack: contextlib.AsyncExitStack, name: str, bind: str, handle: Callable[[bytes, bytes], None]
+    ) -> Port:
+        """Bound in the run directory under `name`, and at `bind` if that is given."""
+        return self._bound(stack, name, tuple(filter(None, (self._ipc(name), bind))), handle)
+
+    def _bound(
+        self,
+        stack: contextlib.AsyncExitStack,
+        name: str,
+        binds: Iterable[str],
+        handle: Callable[[bytes, bytes], None],
     ) -> Port:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         stack.callback(socket.close)
@@ -143,8 +162,7 @@ class Scheduler:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error here, not a silent drop
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that comes back under its own name is the same peer
         socket.setsockopt(zmq.IPV6, 1)
-        socket.bind(self._ipc(name))
-        if bind:
+        for bind in binds:
             socket.bind(bind)
         port = Port(self._loop, socket, partial(self._receive, name, handle))
         stack.callback(port.close)
@@ -270,6 +288,9 @@ class Scheduler:
                 if self._registry.goodbye(incarnation, now):
                     logger.info("engine %s said goodbye", incarnation.hex())
 
+    def _from_p2p_nccl(self, peer: bytes, frame: bytes) -> None:
+        self._p2p_nccl.hear(frame, time.monotonic_ns())
+
     def _apply(self, newest: dict[Source, LoadReport]) -> None:
         now = time.monotonic_ns()
         for source, report in newest.items():
@@ -292,6 +313,7 @@ class Scheduler:
             for member in self._registry.tick(now):
                 forgotten = self._registry.get(member.instance.url) is not member
                 logger.warning("%s %s", member.instance.url, "is forgotten" if forgotten else "fell silent")
+            self._p2p_nccl.tick(now)
             if beats % RECLAIM_EVERY == 0:
                 self._table.reclaim(now)
             if self._followed_changes != self._registry.changes:

@@ -157,6 +157,14 @@ class Registry:
         self._set_healthy(member, member.ready)
         return member
 
+    def leave(self, url: str, now_ns: int) -> bool:
+        """It is no more: nothing new goes there, what it has goes on. False = it was not registered."""
+        member = self._members.get(url)
+        if member is None:
+            return False
+        self._remove(member, now_ns, may_return=True)
+        return True
+
     def drain(self, url: str, resume: bool) -> Member | None:
         """No new requests to it, or (resume) again; None = not registered."""
         member = self._members.get(url)

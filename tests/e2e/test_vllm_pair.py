@@ -94,9 +94,8 @@ def fleet(pair: dict[str, Engine], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def ask(url: str, **fields: object) -> Any:
-    status, answer = fetch(
-        url + "/v1/completions", {"model": vllm.MODEL, "prompt": PROMPT, "max_tokens": 16, "temperature": 0, **fields}
-    )
+    body = {"model": vllm.MODEL, "prompt": PROMPT, "max_tokens": 16, "temperature": 0, **fields}
+    status, answer = fetch(url + "/v1/completions", body, within=120)  # an engine's first request takes its time
     assert status == 200, answer
     return answer
 

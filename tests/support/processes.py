@@ -360,12 +360,12 @@ class Fleet:
         )
 
 
-def fetch(url: str, body: object = None) -> tuple[int, Any]:
+def fetch(url: str, body: object = None, *, within: float = 10.0) -> tuple[int, Any]:
     """One GET or, with a body (bytes as they are, else as JSON), POST."""
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with _opener.open(request, timeout=10) as response:
+        with _opener.open(request, timeout=within) as response:
             status, content = response.status, response.read()
     except urllib.error.HTTPError as error:
         with error:
