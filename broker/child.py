@@ -40,6 +40,8 @@ class Child:
         self.start_at: float | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.started_at = 0.0
+        self.code = 0
+        """How the last life ended: an exit code, or minus a signal."""
         self._command = command
         self._stdout = subprocess.DEVNULL if quiet else None
         self._backoff = Backoff()
@@ -54,6 +56,7 @@ class Child:
         return self.process.pid if self.process else 0
 
     def start(self, life: int, inherited: Sequence[int], now: float) -> None:
+        """Raises OSError when the system has no process or memory for it."""
         self.life = life
         self.ready, self.start_at, self.started_at = False, None, now
         self._ready_fd, theirs = os.pipe()
@@ -61,8 +64,15 @@ class Child:
             arguments = [sys.executable, *self._command(self.life, theirs)]
             fds = (*inherited, theirs)
             self.process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=self._stdout, pass_fds=fds)
+        except OSError:
+            self._close_ready()
+            raise
         finally:
             os.close(theirs)
+
+    def put_off(self, now: float) -> None:
+        """It could not be started: it is due again after its back-off."""
+        self.start_at = now + self._backoff.after(0.0)
 
     @property
     def ready_fd(self) -> int:
@@ -77,7 +87,7 @@ class Child:
         """The exit code (negative: signal) once the process has ended; it is reaped then."""
         if self.process is None or (code := self.process.poll()) is None:
             return None
-        self.process = None
+        self.process, self.code = None, code
         self._close_ready()
         self.ready = False
         self.start_at = now + self._backoff.after(now - self.started_at)

@@ -111,7 +111,7 @@ class Supervisor:
         self._start(child)
         while not child.ready and not self._stopping:
             if child.process is None or child.start_at is not None:
-                raise StartError(f"{child.name} did not start; its own message stands above")
+                raise StartError(f"{child.name} did not start ({_how(child.code)}); what it said stands above")
             self._wait()
             self._reap(restart=False)
         return child.ready
@@ -120,12 +120,20 @@ class Supervisor:
         if child not in self._children:
             self._children.append(child)
         assert self._listener is not None
-        if child.row is None:
-            child.start(child.life + 1, [self._alive_fd], time.monotonic())
-        else:
-            life = self._roster.enter(child.row)
-            child.start(life, [self._alive_fd, self._listener.fileno()], time.monotonic())
-            self._roster.started(child.row, child.pid)
+        now = time.monotonic()
+        try:
+            if child.row is None:
+                child.start(child.life + 1, [self._alive_fd], now)
+            else:
+                life = self._roster.enter(child.row)
+                child.start(life, [self._alive_fd, self._listener.fileno()], now)
+                self._roster.started(child.row, child.pid)
+        except OSError as e:  # no memory or no process left: what runs goes on, and this is tried again
+            logger.error("%s cannot be started: %s", child.name, e.strerror)
+            child.put_off(now)
+            if child.row is not None:
+                self._roster.settle(child.row)
+            return
         self._selector.register(child.ready_fd, selectors.EVENT_READ, child)
 
     def _scheduler(self) -> Child:
@@ -238,7 +246,10 @@ class Supervisor:
             old.leaving = True
             if old.process is None:  # it died meanwhile, and would be started once more for nobody
                 self._children.remove(old)
-            old.signal(signal.SIGTERM)
+            elif old.row is not None:
+                # Not SIGTERM, which bounds the time of streams: for a swap there is no hurry.
+                self._roster.leaves(old.row)
+                old.signal(signal.SIGUSR2)
             self._swaps.pop(0)
 
     # -- end -------------------------------------------------------------------------------------------
@@ -251,7 +262,7 @@ class Supervisor:
         for child in self._children:
             child.leaving, child.start_at = True, None
         frontends = [c for c in self._children if c.row is not None]
-        if frontends:
+        if any(c.ready for c in frontends):
             logger.info("stopping: running streams may take %.0f s", self._config.server.drain_secs)
         self._end(frontends, self._config.server.drain_secs + STOP_REST_S / 2)
         self._end(list(self._children), STOP_REST_S)

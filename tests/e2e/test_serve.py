@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import resource
 import signal
@@ -14,8 +15,9 @@ import openai
 import psutil
 import pytest
 
+from tests.support.client import Client, chat
 from tests.support.processes import Fleet, free_port
-from tests.support.waiting import until
+from tests.support.waiting import eventually, until
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,27 @@ def test_sighup_swaps_every_frontend_under_load(fleet: Fleet) -> None:
 
     until(swapped, lambda: f"two new frontends: {fleet.processes()}", 30.0)
     fleet.await_idle()
+
+
+def test_a_swap_lets_streams_take_longer_than_a_stop_would(tmp_path: Path) -> None:
+    async def run(fleet: Fleet) -> None:
+        with Client(fleet.port) as client:
+            sent = [await client.send("/v1/chat/completions", chat(f"{n}", max_tokens=60)) for n in range(4)]
+            for exchange in sent:
+                await asyncio.wait_for(exchange.first_byte, 10)
+            before = fleet.process("frontend-0").pid
+            fleet.supervisor.signal(signal.SIGHUP)
+            await eventually(lambda: "frontend-1" in fleet.processes(), "the new frontend", 20)
+            for exchange in sent:
+                await asyncio.wait_for(exchange.ended, 30)
+                assert exchange.whole, exchange
+            await eventually(lambda: before not in [p.pid for p in fleet.processes().values()], "the old one's end", 20)
+
+    # 60 words at 100 ms: three times as long as a stop would wait, and the new frontend is there within a part of it.
+    with Fleet(tmp_path, workers=1, config={"server": {"drain-secs": 2}}) as fleet:
+        fleet.engine("a", "--decode-step-ms", "100")
+        fleet.await_instances(1)
+        asyncio.run(run(fleet))
 
 
 def test_sighups_that_come_during_a_swap_are_one_more_swap(tmp_path: Path) -> None:
