@@ -56,7 +56,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 async def hold(client: Client, count: int = 1) -> list[Exchange]:
     """Requests that fill the instances until they leave."""
-    held = [await client.send(PATH, chat("holds", max_tokens=100_000, ignore_eos=True)) for _ in range(count)]
+    held = [await client.send(PATH, chat("holds", max_tokens=10_000, ignore_eos=True)) for _ in range(count)]
     await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in held)), 30)
     assert all(exchange.status == 200 for exchange in held)
     return held
