@@ -36,11 +36,12 @@ WITHIN_S = 40.0
 
 
 class Engine:
-    def __init__(self, folder: Path, role: str) -> None:
+    def __init__(self, folder: Path, role: str, model: Path) -> None:
         folder.mkdir()
         self.role = role
         self.folder = folder
         self.port = free_port()
+        self._model = model
         self._ports = free_port(), free_port()
         self.process: subprocess.Popen[bytes]
         self.start()
@@ -50,7 +51,9 @@ class Engine:
         assert VENV is not None
         events, side = self._ports
         kv_role = {"prefill": "producer", "decode": "consumer"}[self.role]
-        self.process = vllm.start(VENV, self.folder, self.port, events, kv_role=kv_role, side_port=side)
+        self.process = vllm.start(
+            VENV, self.folder, self.port, events, kv_role=kv_role, side_port=side, model=self._model
+        )
 
     def await_up(self) -> None:
         log = self.folder / "vllm.log"
@@ -72,7 +75,9 @@ def transcribe(did: str, saw: object) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
     folder = tmp_path_factory.mktemp("pair")
-    engines = {role: Engine(folder / role, role) for role in ("prefill", "decode")}
+    assert VENV is not None
+    model = vllm.make_model(VENV, folder)
+    engines = {role: Engine(folder / role, role, model) for role in ("prefill", "decode")}
     try:
         for engine in engines.values():
             engine.await_up()

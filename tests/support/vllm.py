@@ -33,13 +33,21 @@ def make_model(venv: str, folder: Path) -> Path:
 
 
 def start(
-    venv: str, folder: Path, port: int, events_port: int, *, kv_role: str = "", side_port: int = 0
+    venv: str,
+    folder: Path,
+    port: int,
+    events_port: int,
+    *,
+    kv_role: str = "",
+    side_port: int = 0,
+    model: Path | None = None,
 ) -> subprocess.Popen[bytes]:
     """An engine of 40 blocks of 32 tokens; its log goes to `folder`/vllm.log.
 
     `kv_role`: `producer` or `consumer` makes it one half of a NIXL pair over TCP, with its side channel on `side_port`.
+    Halves need one `model` for both: its path is part of what NIXL compares before it transfers anything.
     """
-    model = make_model(venv, folder)
+    model = model or make_model(venv, folder)
     environment = {
         **os.environ,
         "PATH": f"{venv}/bin:{os.environ['PATH']}",
