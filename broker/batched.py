@@ -13,11 +13,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import logging.handlers
+import time
 from typing import TextIO
 
 PERIOD_S = 0.1
 MAX_RECORDS = 4096
 """Written at once when there are so many."""
+
+
+Line = tuple[float, str, int, str]
+"""When, the logger's name, the level, and the text."""
 
 
 class Batched(logging.Handler):
@@ -28,7 +33,7 @@ class Batched(logging.Handler):
         self._target = target
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._records: list[logging.LogRecord] = []
+        self._records: list[logging.LogRecord | Line] = []
         self._shares = type(target.formatter) is logging.Formatter
         """Whether a line is a beginning and a message, and nothing else. (fd-router's are not.)"""
 
@@ -46,12 +51,23 @@ class Batched(logging.Handler):
         if self._loop is None or record.levelno >= logging.ERROR or record.exc_info or record.stack_info:
             self.flush()
             return self._target.handle(record)
+        self._keep(record, self._loop)
+        return True
+
+    def takes_lines(self) -> bool:
+        return self._loop is not None and self._shares
+
+    def line(self, line: Line) -> None:
+        """A line without a record; only while it `takes_lines`."""
+        assert self._loop is not None
+        self._keep(line, self._loop)
+
+    def _keep(self, record: logging.LogRecord | Line, loop: asyncio.AbstractEventLoop) -> None:
         self._records.append(record)
         if self._timer is None:
-            self._timer = self._loop.call_later(PERIOD_S, self.flush)
+            self._timer = loop.call_later(PERIOD_S, self.flush)
         elif len(self._records) >= MAX_RECORDS:
             self.flush()
-        return True
 
     def flush(self) -> None:
         if self._timer is not None:
@@ -60,28 +76,30 @@ class Batched(logging.Handler):
         records, self._records = self._records, []
         target = self._target
         parts: list[str] = []
-        beginning, shown = "", (0, "", "")
+        beginning, shown = "", (0, "", 0)
         for record in records:
-            if not target.filter(record):
-                continue
-            if not self._shares:
-                parts += (target.format(record), "\n")
-                continue
-            line = record.getMessage()
-            key = int(record.created * 1000), record.name, record.levelname
+            if isinstance(record, logging.LogRecord):
+                if not target.filter(record):
+                    continue
+                if not self._shares:
+                    parts += (target.format(record), "\n")
+                    continue
+                created, name, level, text = record.created, record.name, record.levelno, record.getMessage()
+            else:
+                created, name, level, text = record
+            key = int(created * 1000), name, level
             if key != shown:
                 shown = key
-                record.msg, record.args = "", None
-                beginning = target.format(record)
-            parts += (beginning, line, "\n")
+                beginning = target.format(_empty(created, name, level))
+            parts += (beginning, text, "\n")
         if parts:
-            self._write("".join(parts), records[-1])
+            self._write("".join(parts))
 
     def close(self) -> None:
         self.stop()
         super().close()
 
-    def _write(self, text: str, last: logging.LogRecord) -> None:
+    def _write(self, text: str) -> None:
         target = self._target
         target.acquire()
         try:
@@ -90,9 +108,41 @@ class Batched(logging.Handler):
             target.stream.write(text)
             target.flush()
         except OSError:  # a full disk ends no request; `logging` says so in its own way
-            target.handleError(last)
+            target.handleError(_empty(0.0, __name__, logging.ERROR))
         finally:
             target.release()
+
+
+def _empty(created: float, name: str, level: int) -> logging.LogRecord:
+    record = logging.LogRecord(name, level, "", 0, "", None, None)
+    record.created = created
+    record.msecs = float(int(created * 1000) % 1000)
+    return record
+
+
+class Lines:
+    """What a logger says for every request. Where each handler is a `Batched`, no record is made: that alone takes
+    as long as everything else about a line."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    @property
+    def is_on(self) -> bool:
+        return self._logger.isEnabledFor(logging.INFO)
+
+    def info(self, form: str, *args: object) -> None:
+        if not self._logger.isEnabledFor(logging.INFO):
+            return
+        handlers = logging.root.handlers
+        for handler in handlers:
+            if not isinstance(handler, Batched) or not handler.takes_lines():
+                self._logger.info(form, *args)
+                return
+        line = time.time(), self._logger.name, logging.INFO, form % args
+        for handler in handlers:
+            if handler.level <= logging.INFO and isinstance(handler, Batched):
+                handler.line(line)
 
 
 def start(loop: asyncio.AbstractEventLoop) -> None:

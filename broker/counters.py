@@ -140,6 +140,9 @@ def histogram_column(histogram: Histogram) -> int:
     return len(TotalColumn) + histogram * (_BUCKETS + 1)
 
 
+_FIRST = tuple(histogram_column(histogram) for histogram in Histogram)
+
+
 def counters_layout(frontends: int, slots: int) -> Layout:
     labels = tuple(column.name for column in CounterColumn)
     return Layout(
@@ -186,7 +189,7 @@ class FrontendCounters(CounterRow):
         self.totals[column] += amount
 
     def observe(self, histogram: Histogram, seconds: float) -> None:
-        first = histogram_column(histogram)
+        first = _FIRST[histogram]
         self.totals[first + bisect_left(BOUNDS_S, seconds)] += 1
         self.totals[first + _BUCKETS] += int(seconds * 1e6)
 

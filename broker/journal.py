@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 
@@ -30,6 +31,7 @@ class Journal:
             self._logger.log(line.level, line.text, facts, stacklevel=2)
 
 
+@functools.lru_cache(1024)  # paths and models, of which there are few
 def printable(text: str) -> str:
     """Text from outside in a form that cannot forge a log line."""
     return _UNPRINTABLE.sub("?", text[:128])

@@ -44,7 +44,8 @@ logger = logging.getLogger("frontend")
 FIRST_REQUEST_S = 1.0
 """How long a connection without a request yet is waited for when stopping."""
 MAX_HEAD_BYTES = 64 * 1024
-"""Target, names and values of one request, trailers included; and bytes in a row that bring nothing to an end."""
+"""Bytes that may be read without bringing a head, a part of a body, or a request to its end; looked at after each
+read, which adds what it brings."""
 MAX_AHEAD = 64
 """Requests that may wait behind the running one."""
 MAX_AHEAD_BYTES = 256 * 1024
@@ -83,7 +84,6 @@ class Connection(HttpToolsProtocol):
         self._upgrades = False
         self._request_line = b""  # of a request that upgrades
         self._keeps_alive_with_body = False
-        self._head_bytes = 0
         self._dry_bytes = 0
 
     # -- the transport's callbacks -----------------------------------------------------------------------------
@@ -145,19 +145,13 @@ class Connection(HttpToolsProtocol):
         self.headers = []
         self.expect_100_continue = False
         self._in_body = False
-        self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        self._bound_head(len(url))
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._bound_head(len(name) + len(value) + 4)
         if not self._in_body:
-            name = name.lower()
-            self.headers.append((name, value))
-            if name == b"expect" and value.lower() == b"100-continue":
-                self.expect_100_continue = True
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         self._requested = self._in_body = True
@@ -343,16 +337,13 @@ class Connection(HttpToolsProtocol):
         for name, value in self.headers:
             if name == b"host":
                 hosts += 1
+            elif name == b"expect":
+                self.expect_100_continue = value.lower() == b"100-continue"
             elif name == b"transfer-encoding" and (value.lower() != b"chunked" or version == "1.0"):
                 raise self._refuse(Malformed("a transfer coding other than chunked is not understood"))
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise self._refuse(Malformed("exactly one Host header is expected"))
         return version == "1.1"
-
-    def _bound_head(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise self._refuse(HeadTooLarge(f"the head of a request may have {MAX_HEAD_BYTES} bytes"))
 
     def _refuse(self, error: PenstockError) -> PenstockError:
         """Notes what the exception will mean when httptools has wrapped it."""

@@ -23,13 +23,13 @@ Nothing here awaits, and nothing is made per chunk: any server that can call fou
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import time
 from collections.abc import Callable
 from enum import Enum, StrEnum
 
 from broker.aborting import by_name
+from broker.batched import Lines
 from broker.config import Config
 from broker.counters import CounterColumn, FrontendCounters, Histogram, TotalColumn
 from broker.counters import outcome as status_column
@@ -51,7 +51,7 @@ from frontend.story import Story
 from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
 from frontend.waiting import Place, Saturated
 
-access = logging.getLogger("penstock.access")
+access = Lines("penstock.access")
 
 FAILED_STATUSES = frozenset((502, 503, 504))
 """Answers that count as failures of the instance."""
@@ -457,7 +457,7 @@ class Forward:
             call.cancel()
         if self._story is not None:
             self._story.ended(self._status, duration, completed=self._first_byte is not None)
-        elif access.isEnabledFor(logging.INFO):
+        elif access.is_on:
             self._log(outcome, duration)
 
     def _log(self, outcome: Outcome, duration: float) -> None:
@@ -489,9 +489,17 @@ class Forward:
         return "-"
 
 
+_CLASSES = (
+    TotalColumn.RESPONSES_2XX,
+    TotalColumn.RESPONSES_3XX,
+    TotalColumn.RESPONSES_4XX,
+    TotalColumn.RESPONSES_5XX,
+)
+
+
 def count_response(counters: FrontendCounters, status: int) -> None:
     """Counts an answer to an inference request by its class; one that its client left before is a 499."""
-    counters.count(TotalColumn(TotalColumn.RESPONSES_2XX + min(max(status // 100, 2), 5) - 2))
+    counters.count(_CLASSES[min(max(status // 100, 2), 5) - 2])
 
 
 def printable(text: str) -> str:
