@@ -171,7 +171,7 @@ def takes_events(found: Headers) -> bool:
     """Whether an event can be added to an answer with these headers."""
     kinds: dict[bytes, bytes] = dict(found)
     return (
-        kinds.get(b"content-type", b"").strip().lower().startswith(b"text/event-stream")
+        headers.are_of_events(found)
         and b"content-length" not in kinds
         and kinds.get(b"content-encoding", b"identity") == b"identity"
     )

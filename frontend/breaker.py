@@ -1,8 +1,9 @@
 """Which instances this frontend had better not try for a moment.
 
-    closed --[n failures in a row]--> open --[secs later]--> one request tries --[success]--> closed
-                                       ^                              |
-                                       +----------[failure]-----------+
+    closed --[n failures in a row]--> open --[secs later]--> one request tries --[first byte]--> on trial
+       ^                               ^                              |                          |    |
+       |                               +----------[failure]-----------+-------[failure]----------+    |
+       +-------------------------------------------[a whole answer]-----------------------------------+
 
 Failures are counted by slot and generation: an instance that gets the slot of another begins without blame. (It may
 be avoided for the rest of `secs`, which is shorter than a slot rests.)
@@ -67,6 +68,14 @@ class Breaker:
         if trouble.failures >= self._limit:
             trouble.until = now + self._secs
 
+    def answers(self, slot: int) -> None:
+        """The first byte of an answer: the instance may be tried again, but only a whole answer clears it. (One that
+        always dies in mid-stream would otherwise never be open.)"""
+        trouble = self._troubles.get(slot)
+        if trouble is not None:
+            trouble.failures = min(trouble.failures, self._limit - 1)
+
     def succeeded(self, slot: int) -> None:
+        """An answer was whole."""
         if self._troubles:
             self._troubles.pop(slot, None)

@@ -35,6 +35,7 @@ from broker.counters import CounterColumn, FrontendCounters, Histogram, TotalCol
 from broker.counters import outcome as status_column
 from broker.errors import (
     Aborted,
+    ClientTooSlow,
     EngineSaturated,
     ModelNotFound,
     NoInstance,
@@ -46,6 +47,7 @@ from broker.errors import (
 from broker.faces import face_of
 from broker.types import Instance, RouteRequest
 from frontend.dispatch import Chooser, Chosen
+from frontend.headers import are_of_events
 from frontend.pairings import Pairings
 from frontend.story import Story
 from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
@@ -235,6 +237,7 @@ class Forward:
 
     def begin(self) -> None:
         """Chooses an instance and sends the request. Without one the sink hears `fail` before this returns."""
+        self._state = State.TRYING
         self._began = self._shared.clock()
         self._shared.live.add(self)
         self._shared.counters.count(TotalColumn.STREAMS_OPENED)
@@ -266,6 +269,7 @@ class Forward:
     def pause(self) -> None:
         """The client does not keep up."""
         self._paused = True
+        self._touched = self._shared.clock()
         if self._call is not None:
             self._call.pause()
 
@@ -302,6 +306,9 @@ class Forward:
         if status >= 400 and retried and self._try_another():
             return
         self._head = (status, headers)
+        if self._timer is None and self._shared.idle_s and are_of_events(headers):
+            self._touched = self._shared.clock()
+            self._arm(self._shared.idle_s)  # from its head on, a stream may not be silent for longer
 
     def write(self, data: bytes) -> None:
         if self._head is not None:
@@ -318,6 +325,8 @@ class Forward:
         if self._head is not None:
             self._flow()
         if self._state is State.FLOWING:
+            if self._status not in FAILED_STATUSES and self._choice is not None:
+                self._shared.dispatcher.breaker.succeeded(self._choice.lease.slot)
             self._end(Outcome.DONE)
             self._sink.finish()
         elif self._state is State.TRYING:
@@ -379,7 +388,7 @@ class Forward:
         self._touched = shared.clock()
         self._first_byte = self._touched - self._began
         if self._status not in FAILED_STATUSES:
-            shared.dispatcher.breaker.succeeded(self._choice.lease.slot)
+            shared.dispatcher.breaker.answers(self._choice.lease.slot)
         shared.counters.observe(Histogram.FIRST_TOKEN, self._first_byte)
         self._disarm()
         if shared.idle_s and self._call is not None:
@@ -401,16 +410,15 @@ class Forward:
         """The timer's end. It is not moved for each chunk: it looks how long the silence has really been."""
         self._timer = None
         shared = self._shared
-        if self._state is State.TRYING:
+        if self._state is State.TRYING and (self._head is None or shared.first_byte_s):
             self._failed()
             self._say(UpstreamTimeout(f"no answer within {shared.first_byte_s:g} s"))
             return
-        now = shared.clock()
-        if self._paused:  # nothing is read from the engine, so its silence says nothing
-            self._touched = now
-        left = self._touched + shared.idle_s - now
+        left = self._touched + shared.idle_s - shared.clock()
         if left > 0:
             self._arm(left)
+        elif self._paused:  # nothing is read from the engine: the silence is the client's
+            self._say(ClientTooSlow(f"the client read nothing for {shared.idle_s:g} s"))
         else:
             self._failed()
             self._say(UpstreamTimeout(f"the stream was silent for {shared.idle_s:g} s"))

@@ -53,3 +53,10 @@ def _end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes
         tokens = {token.strip().lower() for value in named for token in value.split(b",")} - {b"content-length"}
         passed = [(name, value) for name, value in passed if name not in tokens]
     return passed
+
+
+def are_of_events(headers: Headers) -> bool:
+    """Whether what follows is a stream of server-sent events."""
+    return any(
+        name == b"content-type" and value.strip().lower().startswith(b"text/event-stream") for name, value in headers
+    )

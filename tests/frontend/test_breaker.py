@@ -63,3 +63,17 @@ def test_the_least_bad_has_failed_least_then_rests_shortest() -> None:
             breaker.failed(slot, 1, now)
     assert breaker.least_bad([1, 2, 3]) == 3
     assert breaker.least_bad([1, 2]) == 2
+
+
+def test_a_first_byte_lets_others_in_again_but_forgives_nothing() -> None:
+    breaker = Breaker(3, 5.0)
+    for _ in range(3):
+        breaker.failed(1, 1, now=0.0)
+    assert breaker.open_slots(1.0) == [1]
+    breaker.answers(1)
+    assert breaker.open_slots(1.0) == []
+    breaker.failed(1, 1, now=2.0)
+    assert breaker.open_slots(3.0) == [1]
+    breaker.answers(1)
+    breaker.succeeded(1)
+    assert breaker.failures(1) == 0

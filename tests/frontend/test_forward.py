@@ -12,6 +12,7 @@ from broker.config import Timeouts, Upstream
 from broker.counters import CounterColumn, Histogram, TotalColumn, histogram_column
 from broker.errors import (
     BadRequest,
+    ClientTooSlow,
     ConnectFailed,
     EngineSaturated,
     ModelNotFound,
@@ -279,19 +280,66 @@ def test_silence_within_an_answer_ends_it(tmp_path: Path) -> None:
         assert idle(frontend)
 
 
-def test_silence_does_not_count_while_the_client_is_the_slow_one(tmp_path: Path) -> None:
+def test_the_silence_of_a_slow_client_is_not_the_engines(tmp_path: Path) -> None:
     with Frontend(tmp_path, A, timeouts=Timeouts(idle_secs=10)) as frontend:
         forward = frontend.begin()
         frontend.http.last.sink.start(200, [])
         frontend.http.last.sink.write(b"a")
-        forward.pause()
-        assert frontend.http.last.paused
-        frontend.time.advance(100)
-        forward.resume()
+        for _ in range(4):  # it takes something now and then
+            forward.pause()
+            assert frontend.http.last.paused
+            frontend.time.advance(9)
+            forward.resume()
         frontend.time.advance(9)
         assert frontend.client.heard == [200, b"a"]
-        frontend.time.advance(10)
+        frontend.time.advance(1)
         assert isinstance(frontend.client.heard[-1], UpstreamTimeout)
+
+
+def test_a_client_that_reads_nothing_for_too_long_is_let_go(tmp_path: Path) -> None:
+    with Frontend(tmp_path, A, timeouts=Timeouts(idle_secs=10)) as frontend:
+        forward = frontend.begin()
+        frontend.http.last.sink.start(200, [])
+        frontend.http.last.sink.write(b"a")
+        frontend.time.advance(5)
+        forward.pause()
+        frontend.time.advance(9)
+        assert frontend.client.heard == [200, b"a"]
+        frontend.time.advance(1)
+        assert isinstance(frontend.client.heard[-1], ClientTooSlow)
+        assert frontend.http.last.cancelled
+        assert idle(frontend)
+
+
+def test_a_stream_may_not_be_silent_after_its_head_either(tmp_path: Path) -> None:
+    with Frontend(tmp_path, A, timeouts=Timeouts(idle_secs=10)) as frontend:
+        frontend.begin()
+        frontend.http.last.sink.start(200, [(b"content-type", b"text/event-stream; charset=utf-8")])
+        frontend.time.advance(9)
+        assert frontend.client.heard == []
+        frontend.time.advance(1)
+        assert isinstance(frontend.client.heard[-1], UpstreamTimeout)
+        assert idle(frontend)
+
+
+def test_an_answer_that_comes_at_once_may_take_its_time_after_its_head(tmp_path: Path) -> None:
+    with Frontend(tmp_path, A, timeouts=Timeouts(idle_secs=10)) as frontend:
+        frontend.begin()
+        frontend.http.last.sink.start(200, [(b"content-type", b"application/json")])
+        frontend.time.advance(100)
+        assert frontend.client.heard == []
+
+
+def test_an_instance_that_always_dies_in_mid_stream_is_avoided(tmp_path: Path) -> None:
+    with Frontend(tmp_path, A, B) as frontend:
+        breaker = frontend.forwarder.dispatcher.breaker
+        for _ in range(3):
+            frontend.begin()
+            slot = frontend.http.last.instance.url
+            frontend.http.last.sink.start(200, [])
+            frontend.http.last.sink.write(b"a")
+            frontend.http.last.sink.fail(UpstreamBroken(slot))
+        assert sum(breaker.failures(slot) for slot in (0, 1)) == 3
 
 
 def test_the_first_byte_may_have_a_limit(tmp_path: Path) -> None:
