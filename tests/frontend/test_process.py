@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import psutil
+import pytest
 
 from broker import config
 from broker.config import Server
@@ -71,9 +72,9 @@ class Engine:
 class House:
     """Segments, a listening socket, an engine, and the frontends that a test starts."""
 
-    def __init__(self, path: Path, drain_secs: float) -> None:
+    def __init__(self, path: Path, drain_secs: float, lean: bool) -> None:
         self.run = Run(path, slots=4, frontends=4)
-        settings = msgspec.structs.replace(self.run.config, server=Server(drain_secs=drain_secs))
+        settings = msgspec.structs.replace(self.run.config, server=Server(drain_secs=drain_secs, lean_path=lean))
         (path / "config.json").write_bytes(config.dump(settings))
         self.run.writer.mark_ready()
         self.run.writer.beat(time.monotonic_ns() + LONG_NS)
@@ -140,9 +141,11 @@ class House:
         self.run.__exit__()
 
 
-def in_house(path: Path, test: Callable[[House], Awaitable[None]], drain_secs: float = 10.0) -> None:
+def in_house(
+    path: Path, test: Callable[[House], Awaitable[None]], drain_secs: float = 10.0, *, lean: bool = True
+) -> None:
     async def run() -> None:
-        house = House(path, drain_secs)
+        house = House(path, drain_secs, lean)
         server = await asyncio.start_server(house.engine, "127.0.0.1", 0)
         house.run.admit(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         try:
@@ -156,7 +159,8 @@ def in_house(path: Path, test: Callable[[House], Awaitable[None]], drain_secs: f
     asyncio.run(run())
 
 
-def test_a_client_that_leaves_is_seen_at_once_before_and_after_the_first_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
+def test_a_client_that_leaves_is_seen_at_once_before_and_after_the_first_byte(tmp_path: Path, lean: bool) -> None:
     async def test(house: House) -> None:
         await house.frontend()
         waiting = await house.client.send("/v1/chat/completions", chat(hold=1))
@@ -168,10 +172,11 @@ def test_a_client_that_leaves_is_seen_at_once_before_and_after_the_first_byte(tm
         await eventually(lambda: not house.engine.connections, "both connections to the engine ended")
         await eventually(lambda: house.in_flight() == 0, "both leases closed")
 
-    in_house(tmp_path, test)
+    in_house(tmp_path, test, lean=lean)
 
 
-def test_a_client_that_does_not_read_stops_its_engine_and_gets_every_byte_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
+def test_a_client_that_does_not_read_stops_its_engine_and_gets_every_byte_later(tmp_path: Path, lean: bool) -> None:
     async def test(house: House) -> None:
         process = await house.frontend()
         reader, writer = await asyncio.open_connection("127.0.0.1", house.port, limit=65536)
@@ -193,10 +198,11 @@ def test_a_client_that_does_not_read_stops_its_engine_and_gets_every_byte_later(
             left -= len(await reader.read(1 << 20))
         writer.close()
 
-    in_house(tmp_path, test)
+    in_house(tmp_path, test, lean=lean)
 
 
-def test_sigterm_lets_running_streams_end_and_serves_what_is_in_the_backlog(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
+def test_sigterm_lets_running_streams_end_and_serves_what_is_in_the_backlog(tmp_path: Path, lean: bool) -> None:
     async def test(house: House) -> None:
         process = await house.frontend()
         (running,) = await house.stream()
@@ -220,10 +226,11 @@ def test_sigterm_lets_running_streams_end_and_serves_what_is_in_the_backlog(tmp_
         assert await house.exit_code(process) == 0
         assert house.connections() == [0]
 
-    in_house(tmp_path, test)
+    in_house(tmp_path, test, lean=lean)
 
 
-def test_streams_that_outlast_the_limit_end_with_an_error_and_the_exit_is_orderly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
+def test_streams_that_outlast_the_limit_end_with_an_error_and_the_exit_is_orderly(tmp_path: Path, lean: bool) -> None:
     async def test(house: House) -> None:
         process = await house.frontend()
         (running,) = await house.stream()
@@ -239,7 +246,7 @@ def test_streams_that_outlast_the_limit_end_with_an_error_and_the_exit_is_orderl
         assert (running.status, waiting.status) == (200, 503)
         assert house.in_flight() == 0
 
-    in_house(tmp_path, test, drain_secs=0.5)
+    in_house(tmp_path, test, drain_secs=0.5, lean=lean)
 
 
 def test_ctrl_c_is_left_to_the_supervisor(tmp_path: Path) -> None:
@@ -294,3 +301,25 @@ def test_a_frontend_serves_on_when_its_even_neighbour_is_stopped(tmp_path: Path)
         second.send_signal(signal.SIGCONT)
 
     in_house(tmp_path, test)
+
+
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
+def test_requests_sent_ahead_are_answered_in_order_while_the_process_stops(tmp_path: Path, lean: bool) -> None:
+    async def test(house: House) -> None:
+        process = await house.frontend()
+        reader, writer = await asyncio.open_connection("127.0.0.1", house.port)
+        inference = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b"
+        stream = b'{"stream": true}'
+        writer.write(inference % (len(stream), stream))
+        assert (await asyncio.wait_for(reader.readuntil(b"data: {}"), 10)).startswith(b"HTTP/1.1 200 OK\r\n")
+        writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" + inference % (2, b"{}"))
+        await house.client.ask("/health")  # by now those two have been read as well
+        process.terminate()
+        house.engine.finish(house.engine.streams[0])
+        rest = await asyncio.wait_for(reader.read(), 10)
+        places = [rest.index(word) for word in (b"[DONE]", b"0\r\n\r\n", b'{"status":"ok"}', b"\r\n\r\n{}")]
+        assert places == sorted(places)
+        assert await house.exit_code(process) == 0
+        writer.close()
+
+    in_house(tmp_path, test, lean=lean)
