@@ -105,7 +105,9 @@ class Forwarder:
         self.attempts = config.upstream.attempts
         self.first_byte_s = config.timeouts.first_byte_secs
         self.idle_s = config.timeouts.idle_secs
-        self.policy = config.scheduler.policy
+        scheduler = config.scheduler
+        pairs = f"{scheduler.prefill_policy},{scheduler.decode_policy}"
+        self.policy = pairs if config.server.splitwise else scheduler.policy
         self.face = face_of(config)
         self.pairings = Pairings()
         self.live: set[Forward] = set()
