@@ -93,17 +93,16 @@ class Group:
         """`entries` are sorted by URL."""
         self._ready = [entry for entry in entries if entry.state is State.READY]
         self._every = Candidates.of(self._ready)
-        self._open = [entry for entry in self._ready if not entry.instance.models]
         self._named: dict[str, list[Entry]] = {}
         for entry in self._ready:
             for name in set(entry.instance.models):
                 self._named.setdefault(name, []).append(entry)
         self._by_model: dict[str, Candidates] = {}
-        self._unnamed = Candidates.of(self._open)
+        self._unnamed = Candidates.of([entry for entry in self._ready if not entry.instance.models])
         self._away = {name for entry in entries if entry.state is not State.READY for name in entry.instance.models}
 
     def candidates(self, model: str | None) -> Candidates:
-        """Ready instances that serve `model`, or whose models are unknown. May be empty."""
+        """Ready instances that name `model`; where none does, those whose models are unknown. May be empty."""
         if model is None:
             return self._every
         found = self._by_model.get(model)
@@ -111,8 +110,7 @@ class Group:
             named = self._named.get(model)
             if named is None:
                 return self._unnamed  # not kept by name: clients may ask for any number of names
-            both = sorted([*named, *self._open], key=by_url) if self._open else named
-            found = self._by_model[model] = Candidates.of(both)
+            found = self._by_model[model] = Candidates.of(named)
         return found
 
     def names(self, model: str) -> bool:

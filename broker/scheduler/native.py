@@ -17,7 +17,10 @@ async def ask_incarnation(context: zmq.Context[Any], endpoint: str, timeout_s: f
 
     Epoch 0 is older than any: the engine learns nothing from it about the scheduler.
     """
-    socket = zmq.asyncio.Context.shadow(context).socket(zmq.DEALER)
+    try:
+        socket = zmq.asyncio.Context.shadow(context).socket(zmq.DEALER)
+    except zmq.ZMQError:  # the context has no more sockets to give
+        return None
     try:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 8)

@@ -24,6 +24,8 @@ from broker.table import SchedulerEvent
 
 MOST_AT_ONCE = 1024
 """Newcomers being probed; more are told to come again, which engines do by themselves."""
+MOST_IN_TURN = 4
+"""Registrations of one URL: the one that is being probed, and those that wait for it."""
 
 
 class Busy(PenstockError):
@@ -107,6 +109,8 @@ class Registrar:
             if len(self._turns) >= MOST_AT_ONCE and self._registry.get(url) is None:
                 raise Busy(f"{MOST_AT_ONCE} instances are being probed")
             turn = self._turns[url] = Turn()
+        if turn.wanted >= MOST_IN_TURN:
+            raise Busy(f"{url} is being probed for those who registered it before")
         turn.wanted += 1
         try:
             async with turn.lock:

@@ -14,6 +14,7 @@ import asyncio
 from typing import Protocol, cast
 
 from broker.errors import PenstockError, UpstreamBroken
+from broker.keepalive import keep_alive
 from frontend.upstream.base import Headers
 from frontend.upstream.http_response import ResponseReader
 
@@ -139,6 +140,8 @@ class Connection(asyncio.Protocol):
         # asyncio and uvloop set TCP_NODELAY on every TCP connection; tests/frontend/upstream holds them to it.
         transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
         self._transport = transport
+        # A host that lost its power sends no reset; an unstreamed answer has no other limit to its silence.
+        keep_alive(transport.get_extra_info("socket"))
         if self.exchange is None:  # cancelled while the handshake was under way
             transport.abort()
         else:
