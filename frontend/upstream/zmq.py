@@ -90,9 +90,17 @@ class Dropped:
 class ZmqUpstream:
     """`Upstream` for native engines. Create it on the running loop that it will live on."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], config: Config, *, batch: int = BATCH) -> None:
-        """`context`: the process's only one; its owner ends it after `close`."""
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        config: Config,
+        *,
+        batch: int = BATCH,
+        on_drop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`context`: the process's only one; its owner ends it after `close`. `on_drop` counts each frame not used."""
         self.dropped = Dropped()
+        self._on_drop = on_drop
         self.epoch = 0
         """The scheduler's, as told in DataHello."""
         self._connect_s = config.timeouts.connect_secs
@@ -240,6 +248,7 @@ class ZmqUpstream:
             peer = self._routes.get(route)
             if peer is None:
                 self.dropped.unknown_peer += 1
+                self._on_drop()
                 continue
             peer.heard_at = now
             try:
@@ -248,6 +257,7 @@ class ZmqUpstream:
                 self._understand(peer, frame)
             except WireError as e:
                 self.dropped.malformed += 1
+                self._on_drop()
                 self._complain(peer, e)
         else:
             self._turn_soon()
@@ -268,12 +278,14 @@ class ZmqUpstream:
                 raise WireError("malformed step")
             if fields[1] != peer.incarnation:
                 self.dropped.foreign_incarnation += 1
+                self._on_drop()
                 return
             self._step(peer, fields[2])
             return
         message = wire.decode(wire.data_to_frontend, frame)
         if message.incarnation != peer.incarnation:
             self.dropped.foreign_incarnation += 1
+            self._on_drop()
             if type(message) is wire.DataWelcome:
                 self._lose(peer, f"another life of the engine answers at {peer.url}")
         elif type(message) is wire.DataWelcome:
