@@ -97,6 +97,7 @@ class Batched(logging.Handler):
 
     def close(self) -> None:
         self.stop()
+        self._target.close()
         super().close()
 
     def _write(self, text: str) -> None:
