@@ -20,12 +20,12 @@ from broker.config import Server
 from broker.types import Instance
 from frontend.api import Inference
 from frontend.upstream.base import Sink, UpstreamRequest
-from tests.frontend.conformance import LIMIT, ROWS, Row, short
+from tests.frontend.conformance import GOOD, LIMIT, ROWS, Row, short
 from tests.frontend.fakes import FakeCall, Frontend
 from tests.frontend.wire import PATHS, Path, Wire
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "1500"))
-"""Of each of the two fuzz tests by default; `make stress` makes a million of them."""
+"""That are compared between the paths."""
 
 
 class Engine:
@@ -179,5 +179,40 @@ def test_any_input_means_the_same_on_both_paths_and_leaves_nothing(site: Site) -
             if b"expect" in data.lower():
                 continue  # whether 100 is said depends on what has been read by then, not on the input alone
             assert (named(lean[0]), *lean[1:]) == (named(plain[0]), *plain[1:]), (data, cuts)
+
+    asyncio.run(run())
+
+
+BATCH = 50
+
+
+@pytest.mark.parametrize("inputs", [2000, pytest.param(1_000_000, marks=pytest.mark.stress)])
+def test_no_input_crashes_or_stalls_the_lean_path(site: Site, inputs: int) -> None:
+    """Connections in batches, which share the turns that they are given. Each input is followed by a request that is
+    good: it is answered, or the connection has been ended with a word, or waits for what the input announced."""
+    rng = random.Random(5)
+
+    async def run() -> None:
+        for _ in range(inputs // BATCH):
+            wires = []
+            for _ in range(BATCH):
+                wire = site.connect("lean")
+                data = mutated(rng)
+                cut = rng.randrange(len(data) + 1)
+                wire.feed(data[:cut])
+                wire.feed(data[cut:] + GOOD)
+                wires.append((wire, data))
+            for _ in range(2):
+                await wires[0][0].settle()
+            site.engine.bodies.clear()
+            for wire, data in wires:
+                assert wire.transport.reads, data
+                assert not wire.transport.is_closing() or wire.out, data
+                wire.transport.end()
+            await wires[0][0].settle()
+            assert site.is_idle, [data for _, data in wires]
+            assert all(wire.transport.lost and not wire.state.connections for wire, _ in wires)
+            for wire, _ in wires:
+                wire.idle.close()
 
     asyncio.run(run())
