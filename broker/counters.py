@@ -204,6 +204,9 @@ _IN_FLIGHT = (
 """In the order of loading."""
 
 
+_FINISHED, _STARTED = int(CounterColumn.FINISHED), int(CounterColumn.STARTED)  # numpy is slow to take an enum
+
+
 class CountersReader:
     """Sums over the rows of all frontends that ever lived."""
 
@@ -240,9 +243,12 @@ class CountersReader:
     def requests(self, slot: int) -> int:
         """Requests in flight at `slot`, now; cheaper than `in_flight`, for a few frontends."""
         item, rows = self._slots.item, range(self.rows)
-        finished = sum([item(row, CounterColumn.FINISHED, slot) for row in rows])
-        started: int = sum([item(row, CounterColumn.STARTED, slot) for row in rows])
-        return started - finished
+        in_flight = 0
+        for row in rows:
+            in_flight -= item(row, _FINISHED, slot)
+        for row in rows:
+            in_flight += item(row, _STARTED, slot)
+        return in_flight
 
     def settled(self, slot: int) -> list[int] | None:
         """The sums of every column of `slot`, or None if anything is in flight there."""

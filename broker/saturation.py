@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 
 from broker.table import Column, QueueColumn
+from broker.types import EngineKind
 from broker.view import TableReader
 
 UNLIMITED = 1 << 62
@@ -27,6 +28,8 @@ FULL_KV_PERMILLE = 950
 FULL_REPORTS = 2
 STEP = 4
 """An instance of unknown capacity may grow by a fourth of what it had at its last report."""
+
+_CAPACITY = int(Column.CAPACITY)  # numpy is slow to take an enum
 
 
 class Saturation:
@@ -38,14 +41,16 @@ class Saturation:
         self._table = table
         self._default = instance_capacity
         self._clock = clock
-        self._slots = len(table.queue) // len(QueueColumn)
+        self._reserved = len(table.queue) // len(QueueColumn) * QueueColumn.RESERVED
 
     def room(self, slot: int) -> int:
         """Of a candidate of the last view; UNLIMITED, or at most 0 when it is saturated."""
-        row: list[int] = self._table.snapshot[:, slot].tolist()
-        limit = row[Column.CAPACITY] or self._default
+        limit = self._table.snapshot.item(_CAPACITY, slot) or self._default
+        if limit and self._table.instance(slot).engine is EngineKind.NATIVE:
+            return limit - self._taken(slot)
         others = 0
-        if not (limit and self._table.instance(slot).is_native) and self._is_fresh(row):
+        row: list[int] = self._table.snapshot[:, slot].tolist()
+        if self._is_fresh(row):
             running, waiting = row[Column.RUNNING], row[Column.WAITING]
             if running >= 0 and waiting >= 0:
                 others = max(0, running + waiting - row[Column.IN_FLIGHT_THEN])
@@ -73,7 +78,7 @@ class Saturation:
         return bool(self._table.queue[slot])  # QueueColumn.HELD is the first
 
     def _taken(self, slot: int) -> int:
-        reserved: int = self._table.queue[QueueColumn.RESERVED * self._slots + slot]
+        reserved: int = self._table.queue[self._reserved + slot]
         return reserved + self._table.counters.requests(slot)
 
     def _is_fresh(self, row: list[int]) -> bool:

@@ -27,8 +27,9 @@ in line the one with the least of its prompt cached at home. It is charged to th
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import NamedTuple
 
 from broker.errors import QueueFull
@@ -41,12 +42,12 @@ Ident = tuple[int, int, int]
 
 VICTIMS = 4
 """Homes looked at per steal, those with the most waiting tokens first."""
-LOOK = 15
-"""Tickets looked at per line when stealing: the head and the next few (the first four levels of its heap)."""
+LOOK = 16
+"""Tickets looked at per line when stealing: the head and the next few."""
 _PACE_WEIGHT = 0.2
 """Of the newest interval between two grants, in the mean."""
 _FEW = 64
-"""Withdrawn tickets that may lie in a heap before it is worth counting them."""
+"""Places that are gone may lie about before it is worth tidying up."""
 
 
 class Ticket(NamedTuple):
@@ -82,7 +83,7 @@ class Grant(NamedTuple):
 
 
 class _Place:
-    """A ticket in a line, or what is left of it in a heap after it was withdrawn or served elsewhere."""
+    """A ticket in a line, or what is left of it there after it was withdrawn or granted."""
 
     __slots__ = ("home", "lane", "line", "ticket", "waits")
 
@@ -94,40 +95,60 @@ class _Place:
         self.waits = True
 
 
-class _Heap:
-    """Places by a time. Those that no longer wait are dropped when they surface, or when they are the most."""
+class _Sorted:
+    """Places by a time. Those that no longer wait are dropped when they surface, or when they are the most.
 
-    __slots__ = ("_gone", "_items", "_serial")
+    Nearly all come in the order of their times: those are appended, and a grant costs the same however many there are.
+    The others (put back, offered again, a little late) are few, and kept in a heap.
+    """
+
+    __slots__ = ("_gone", "_late", "_punctual", "_serial")
 
     def __init__(self) -> None:
-        self._items: list[tuple[int, int, _Place]] = []
-        self._serial = 0  # equal times: in the order of entering, and places are never compared
+        self._punctual: deque[tuple[int, _Place]] = deque()
+        self._late: list[tuple[int, int, _Place]] = []
+        self._serial = 0  # equal times: in the order of coming, and places are never compared
         self._gone = 0
 
+    def __len__(self) -> int:
+        """Those that are gone included."""
+        return len(self._punctual) + len(self._late)
+
     def push(self, at: int, place: _Place) -> None:
-        self._serial += 1
-        heapq.heappush(self._items, (at, self._serial, place))
+        if not self._punctual or at >= self._punctual[-1][0]:
+            self._punctual.append((at, place))
+        else:
+            self._serial += 1
+            heapq.heappush(self._late, (at, self._serial, place))
 
     def head(self) -> _Place | None:
-        items = self._items
-        while items:
-            place = items[0][2]
-            if place.waits:
-                return place
-            heapq.heappop(items)
+        punctual, late = self._punctual, self._late
+        while punctual and not punctual[0][1].waits:
+            punctual.popleft()
             self._gone -= 1
-        return None
+        while late and not late[0][2].waits:
+            heapq.heappop(late)
+            self._gone -= 1
+        if late and (not punctual or late[0][0] < punctual[0][0]):
+            return late[0][2]
+        return punctual[0][1] if punctual else None
 
     def near_head(self) -> list[_Place]:
-        """The head first, then others of the oldest; in no order."""
-        return [item[2] for item in self._items[:LOOK] if item[2].waits]
+        """Some of the oldest, the head among them."""
+        places = [item[1] for item in islice(self._punctual, LOOK)] + [item[2] for item in self._late[:LOOK]]
+        return [place for place in places if place.waits]
+
+    def waiting(self) -> Iterator[_Place]:
+        places = chain((item[1] for item in self._punctual), (item[2] for item in self._late))
+        return (place for place in places if place.waits)
 
     def left(self) -> None:
         """One of the places here waits no more."""
         self._gone += 1
-        if self._gone > _FEW and self._gone * 2 > len(self._items):
-            self._items = [item for item in self._items if item[2].waits]
-            heapq.heapify(self._items)
+        if self._gone > _FEW and self._gone * 2 > len(self):
+            self._punctual = deque(item for item in self._punctual if item[1].waits)
+            self._late = [item for item in self._late if item[2].waits]
+            heapq.heapify(self._late)
             self._gone = 0
 
 
@@ -138,7 +159,7 @@ class Line:
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.places = _Heap()
+        self.places = _Sorted()
         self.count = 0
         self.credit = 0
 
@@ -213,13 +234,8 @@ class Home:
         return sorted(aged, key=_age) if len(aged) > 1 else aged
 
     def places(self) -> list[_Place]:
-        return [
-            item[2]
-            for lane in self.lanes.values()
-            for line in lane.lines.values()
-            for item in line.places._items
-            if item[2].waits
-        ]
+        lines = (line for lane in self.lanes.values() for line in lane.lines.values())
+        return [place for line in lines for place in line.places.waiting()]
 
 
 class _Pace:
@@ -253,7 +269,7 @@ class AdmissionQueue:
         self._places: dict[Ident, _Place] = {}
         self._pools: dict[Pool, dict[int, Home]] = {}
         self._paces: dict[int, _Pace] = {}
-        self._deadlines = _Heap()
+        self._deadlines = _Sorted()
         self.tokens = 0
         """Prompt tokens of all tickets."""
 
@@ -365,6 +381,9 @@ class AdmissionQueue:
         pace = self._paces.get(victim.slot)
         wait_ns = pace.expected_ns(now_ns) if pace is not None else float("inf")
         for _, line in victim.lanes_by_age(self._aging_ns):
+            head = line.head()
+            if not head.ticket.cached and head.ticket.cost * self._token_ns <= wait_ns:
+                return head  # nothing is cheaper to move than what is cached nowhere, and it is the oldest
             found = [
                 place for place in line.places.near_head() if place.ticket.uncached(thief) * self._token_ns <= wait_ns
             ]

@@ -291,8 +291,8 @@ def test_withdrawn_tickets_take_no_room() -> None:
         q.withdraw((0, 1, n))
     (home,) = q._pools[POOL].values()
     (line,) = home.lanes[NORMAL].lines.values()
-    assert len(line.places._items) < 200
-    assert len(q._deadlines._items) < 200
+    assert len(line.places) < 200
+    assert len(q._deadlines) < 200
 
 
 # -- whatever happens --------------------------------------------------------------------------------------

@@ -1,0 +1,158 @@
+"""What waiting costs: a grant by the queue alone, by length of the line; the check that there is room; a request that
+waits, in real processes.
+
+The bounds asserted are ratios. Absolute figures are in the table: at least 20,000 grants/s by the queue alone is the
+goal (50 us each), and under 1 ms added at the median for a request that finds one other in its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from broker.lease import take
+from broker.saturation import Saturation
+from broker.scheduler.queue import AdmissionQueue, Ticket
+from broker.types import EngineKind, Role
+from tests.support.client import Client, chat
+from tests.support.processes import Fleet
+from tests.support.table import Run, instance
+
+POOL = (Role.MIXED, "m")
+SLOTS = 8
+LONGER = 1.5
+"""Times the cost of a grant with 50 tickets waiting that one with 50,000 may have."""
+
+
+def waiting(count: int) -> AdmissionQueue:
+    """Uneven costs, three priorities, six fairness keys, eight homes."""
+    queue = AdmissionQueue(10**6, 10**12, 10**10, 2e5)
+    rng = random.Random(1)
+    for n in range(count):
+        queue.offer(drawn(rng, n), n)
+    return queue
+
+
+def drawn(rng: random.Random, n: int) -> Ticket:
+    home, cost, priority, key = (
+        rng.randrange(SLOTS),
+        rng.randrange(1, 4000),
+        rng.choice((0, 1, 1, 2)),
+        rng.choice("abcdef"),
+    )
+    return Ticket((0, 1, n), POOL, home, cost, priority, key, n, 10**15)
+
+
+class Granting:
+    """As many tickets wait all the time: what was granted is offered again as the youngest."""
+
+    def __init__(self, count: int, *, steal: bool) -> None:
+        """`steal`: by instances that have no line of their own."""
+        self._queue = waiting(count)
+        self._numbers = itertools.count(count)
+        self._slots = itertools.cycle(range(SLOTS, 2 * SLOTS) if steal else range(SLOTS))
+        self.now = count
+
+    def grant(self) -> Ticket:
+        self.now += 1
+        grant = self._queue.grant(next(self._slots), (POOL,), self.now)
+        assert grant is not None
+        return grant.ticket
+
+    def offer(self, ticket: Ticket) -> None:
+        n = next(self._numbers)
+        self._queue.offer(ticket._replace(ident=(0, 1, n), offered_ns=n), n)
+
+    def both(self) -> None:
+        self.offer(self.grant())
+
+    def time_grants(self, count: int) -> int:
+        """CPU nanoseconds of so many grants."""
+        began = time.process_time_ns()
+        granted = [self.grant() for _ in range(count)]
+        took = time.process_time_ns() - began
+        for ticket in granted:
+            self.offer(ticket)
+        return took
+
+
+@pytest.mark.benchmark(group="queue-grant")
+@pytest.mark.parametrize("steal", [False, True], ids=["own", "stolen"])
+@pytest.mark.parametrize("count", [50, 50_000])
+def test_grant_and_offer(benchmark: BenchmarkFixture, count: int, steal: bool) -> None:
+    benchmark(Granting(count, steal=steal).both)
+
+
+@pytest.mark.parametrize("steal", [False, True], ids=["own", "stolen"])
+def test_a_long_line_costs_no_more_per_grant_than_a_short_one(steal: bool) -> None:
+    """Both in turns, so that a busy machine is busy for both; the best of many rounds, so that it does not count."""
+    short, long = Granting(50, steal=steal), Granting(50_000, steal=steal)
+    grants = SLOTS  # of each line at most its share: none runs dry
+    gc.collect()
+    gc.disable()  # the collector's walks over what waits are its own cost, and rare
+    try:
+        rounds = [(short.time_grants(grants), long.time_grants(grants)) for _ in range(1000)]
+    finally:
+        gc.enable()
+    ratio = statistics.median(long for _, long in rounds) / statistics.median(short for short, _ in rounds)
+    print(f"{ratio:.2f} times")
+    assert ratio <= LONGER
+
+
+@pytest.mark.benchmark(group="queue-room")
+@pytest.mark.parametrize("capacity", [0, 64], ids=["unlimited", "credit"])
+def test_room(benchmark: BenchmarkFixture, tmp_path: Path, capacity: int) -> None:
+    """What every request pays for the queue that it does not use; four live frontends."""
+    with Run(tmp_path) as run:
+        kind = EngineKind.NATIVE if capacity else EngineKind.VLLM
+        slot = run.writer.admit(instance("ipc://e", capacity=capacity, engine=kind), run.clock())
+        counters = [run.frontend(row) for row in range(4)]
+        run.reader.entries()
+        assert take(run.reader, counters[0], slot, 1) is not None
+        rule = Saturation(run.reader, 0)
+        benchmark(rule.room, slot)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(tmp_path_factory.mktemp("queue"), workers=1) as fleet:
+        fleet.engine("e", "--transport", "zmq", "--capacity", "1", "--speed", "1000")
+        fleet.await_instances(1)
+        yield fleet
+
+
+@pytest.mark.benchmark(group="queue-wait")
+def test_what_waiting_adds_at_one_host(benchmark: BenchmarkFixture, fleet: Fleet) -> None:
+    """Two requests at once at an engine that takes one: from the end of the first to the first byte of the second,
+    beside a request that finds the engine idle. `added_ms` is the difference of the medians."""
+    body = chat("Hi", max_tokens=1)
+
+    async def run() -> tuple[list[float], list[float]]:
+        with Client(fleet.port) as client:
+            alone, behind = [], []
+            for _ in range(300):
+                single = await client.ask("/v1/chat/completions", body)
+                alone.append(single.first_byte_at - single.sent_at)
+                pair = [await client.send("/v1/chat/completions", body) for _ in range(2)]
+                await asyncio.gather(*(exchange.ended for exchange in pair))
+                first, second = sorted(pair, key=lambda exchange: exchange.ended_at)
+                if "x-penstock-queue-ms" in second.headers:
+                    behind.append(second.first_byte_at - first.ended_at)
+            return alone, behind
+
+    alone, behind = benchmark.pedantic(lambda: asyncio.run(run()), rounds=1)
+    benchmark.extra_info["waited"] = len(behind)
+    benchmark.extra_info["alone_ms"] = statistics.median(alone) * 1e3
+    benchmark.extra_info["behind_ms"] = statistics.median(behind) * 1e3
+    benchmark.extra_info["added_ms"] = (statistics.median(behind) - statistics.median(alone)) * 1e3
+    print(benchmark.extra_info)
+    assert len(behind) > 50
