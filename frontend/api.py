@@ -118,7 +118,7 @@ class Inference:
                 f"{path} is not served here: there are only prefill/decode pairs (server.splitwise), and they do "
                 f"{' and '.join(sorted(PAIRED_PATHS))}"
             )
-        return request_id(data, refuse=True)
+        return request_id(data, refuse=self.face.guards_transfer)
 
     def refuse(self, path: str, ident: bytes, error: BadRequest, client: str = "") -> None:
         """Counts a request of which nothing is forwarded, and writes its log line."""

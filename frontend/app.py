@@ -20,6 +20,7 @@ from starlette.routing import Route
 from broker import batched
 from broker.config import Config
 from broker.counters import FrontendCounters, attach_counters
+from broker.engines.pd import pairings
 from broker.errors import PenstockError
 from broker.faces import face_of
 from broker.view import TableReader
@@ -112,7 +113,8 @@ async def serve(
         admission = Admission(config, table, dispatcher, counters, life, loop, control.offer)
         stack.callback(admission.close)
         control.on_grants = admission.hear
-        chooser = Pairer.over(table, dispatcher, loop) if config.server.splitwise else admission
+        pairs = pairings(any_tp=not face_of(config).compares_sizes)
+        chooser = Pairer.over(table, dispatcher, loop, pairs) if config.server.splitwise else admission
         forwarder = Forwarder(config, chooser, counters, http, native, loop)
         control.end_requests = forwarder.end_requests
         admin = Admin(run_dir, config, table, control, Metrics(table, segment, forwarder.pairings))

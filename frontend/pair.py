@@ -64,9 +64,15 @@ class Pairer:
         self._loop = loop
 
     @classmethod
-    def over(cls, fleet: Fleet, dispatcher: Dispatcher, loop: asyncio.AbstractEventLoop) -> Pairer:
+    def over(
+        cls,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        loop: asyncio.AbstractEventLoop,
+        pairings: Mapping[Connector, Pairing] = PAIRINGS,
+    ) -> Pairer:
         """As a frontend needs it. Rooms and ids come from the system: another frontend must not draw the same."""
-        return cls(dispatcher, Partners(fleet, PAIRINGS), PAIRINGS, SystemRandom(), loop)
+        return cls(dispatcher, Partners(fleet, pairings), pairings, SystemRandom(), loop)
 
     def choose(self, request: RouteRequest, tried: Collection[int], now: float) -> PairChoice:
         """Two leases at once, or none. Raises as `Dispatcher.choose`."""

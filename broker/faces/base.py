@@ -143,6 +143,10 @@ class Face:
     estimate: Callable[[list[str], int], Estimate]
     retries_answers: bool
     """An engine's answer that it cannot take the request (502, 503) moves the request on; else only silence does."""
+    guards_transfer: bool
+    """Members by which engines are told where to fetch a prefill are refused in a client's body; else overwritten."""
+    compares_sizes: bool
+    """A pair must go together in tensor-parallel size; else any prefill and decode of one connector make one."""
     names_requests: bool
     """Every request has an `X-Request-Id`, towards the engine and the client."""
     counts_unanswered: bool

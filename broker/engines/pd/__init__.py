@@ -23,18 +23,25 @@ __all__ = [
     "Traits",
     "connector_of",
     "fits_together",
+    "pairings",
     "request_id",
     "traits",
 ]
 
-PAIRINGS: Mapping[Connector, Pairing] = {
-    Connector.DISAGGREGATE_INFO: DisaggregateInfo(),
-    Connector.BOOTSTRAP: Bootstrap(),
-    Connector.NIXL: Nixl(),
-    Connector.MOONCAKE: Mooncake(),
-    Connector.P2P_NCCL: P2pNccl(),
-    Connector.NATIVE: Native(),
-}
+
+def pairings(*, any_tp: bool = False) -> Mapping[Connector, Pairing]:
+    """One for each connector. `any_tp`: FastDeploy's pairs may be of any two sizes."""
+    return {
+        Connector.DISAGGREGATE_INFO: DisaggregateInfo(any_tp=any_tp),
+        Connector.BOOTSTRAP: Bootstrap(),
+        Connector.NIXL: Nixl(),
+        Connector.MOONCAKE: Mooncake(),
+        Connector.P2P_NCCL: P2pNccl(),
+        Connector.NATIVE: Native(),
+    }
+
+
+PAIRINGS = pairings()
 
 _DEFAULTS = {
     EngineKind.FASTDEPLOY: Connector.DISAGGREGATE_INFO,
