@@ -165,7 +165,10 @@ def too_large(limit: int) -> BodyTooLarge:
 
 def _value(found: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     """The first value of a header, or nothing."""
-    return next((value for key, value in found if key == name), b"")
+    for key, value in found:  # no generator: it would cost more than the search
+        if key == name:
+            return value
+    return b""
 
 
 def _client(scope: Scope) -> str:

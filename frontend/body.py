@@ -122,6 +122,9 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+_NO_TEXT = (int, float, type(None))
+
+
 def _collect(value: Any, texts: list[str]) -> int:
     """Appends the texts of a prompt, of an input or of messages; returns how many token ids there were.
 
@@ -133,7 +136,7 @@ def _collect(value: Any, texts: list[str]) -> int:
     if isinstance(value, list):
         if value and type(value[0]) is int:
             return len(value)
-        return sum([_collect(item, texts) for item in value if not isinstance(item, int | float | None)])
+        return sum([_collect(item, texts) for item in value if not isinstance(item, _NO_TEXT)])
     if isinstance(value, dict):
         content = value.get("content")
         return _collect(value.get("text") if content is None else content, texts)

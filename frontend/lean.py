@@ -204,8 +204,8 @@ class LeanCycle:
     # -- the sink ----------------------------------------------------------------------------------------------
 
     def start(self, status: int, found: Headers) -> None:
-        self._events = takes_events(found)
         self._frame(status, headers.for_client(found, self._lean.inference.shown(self._ident)))
+        self._events = (self._chunked or self._left == _UNTIL_CLOSE) and takes_events(found)
 
     def write(self, data: bytes) -> None:
         head, self._head = self._head, b""
