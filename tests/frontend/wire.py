@@ -1,7 +1,7 @@
 """One client's connection without a socket: what it sends is given in bytes, and what it gets is kept in bytes.
 
 The protocol, uvicorn's and ours, is the real one; only the transport is played. What is written in one turn of the
-loop leaves in one piece, as uvloop's transports do it.
+loop is kept as one piece.
 """
 
 from __future__ import annotations
