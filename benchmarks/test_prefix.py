@@ -97,7 +97,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[PrefixIn
         for i, prompt in enumerate(prompts):
             index.note(index.match(RouteRequest(prompt=prompt)), i % n)
             while notices := index.batch():
-                writer.apply(0, notices)
+                writer.apply(notices)
         made[n] = index, head
     return made
 

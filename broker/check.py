@@ -8,7 +8,7 @@ from pathlib import Path
 from broker import policies
 from broker.config import Config
 from broker.counters import counters_layout
-from broker.errors import ConfigError
+from broker.prefix import run_layout
 from broker.scheduler.registrar import read_entries
 from broker.table import load_layout
 from shm import fence
@@ -17,10 +17,6 @@ from shm import fence
 def fatal(settings: Config) -> list[str]:
     """A sentence for each reason why these settings cannot be started with here."""
     found = []
-    try:
-        policies.check(settings.scheduler)
-    except ConfigError as e:
-        found.append(e.message)
     workers, rows = settings.server.workers, settings.shm.frontends
     if workers > rows:
         found.append(f"server.workers is {workers}, but shm.frontends has room for {rows}")
@@ -38,6 +34,8 @@ def doubtful(settings: Config) -> list[str]:
 
 def _space(settings: Config) -> list[str]:
     wanted = load_layout(settings.shm.slots).size + counters_layout(settings.shm.frontends, settings.shm.slots).size
+    if policies.need_index(settings):
+        wanted += run_layout(settings).size
     try:
         mount = os.statvfs(settings.shm.dir)
     except OSError as e:
@@ -47,5 +45,5 @@ def _space(settings: Config) -> list[str]:
         return []
     return [
         f"shm.dir: {settings.shm.dir} has {free >> 20} MiB free, {wanted >> 20} MiB are needed "
-        "(fewer shm.slots or shm.frontends need less)"
+        "(fewer shm.slots, shm.frontends or scheduler.prefix-blocks need less)"
     ]

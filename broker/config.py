@@ -34,8 +34,9 @@ PolicyName = Literal[
     "fd_remote_metrics_score",
     "cache_aware",
     "remote_cache_aware",
+    "prefix_cost",
 ]
-"""FastDeploy's nine names, all valid in a file. `broker.policies` says which of them this version decides by."""
+"""FastDeploy's nine names and ours."""
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -64,8 +65,8 @@ class Server(Section, frozen=True, forbid_unknown_fields=True):
 
 
 class Scheduler(Section, frozen=True, forbid_unknown_fields=True):
-    policy: PolicyName = "request_num"
-    prefill_policy: PolicyName = "process_tokens"
+    policy: PolicyName = "prefix_cost"
+    prefill_policy: PolicyName = "prefix_cost"
     decode_policy: PolicyName = "request_num"
     waiting_weight: NotNegative = 1.0
     seed: int = 0
@@ -73,6 +74,11 @@ class Scheduler(Section, frozen=True, forbid_unknown_fields=True):
     eviction_interval_secs: Positive = 60.0
     eviction_duration_mins: Positive = 30.0
     cache_block_size: Count = 64
+    """Characters, or tokens, of a block of the prefix index."""
+    prefix_blocks: Annotated[int, Meta(ge=16, le=1 << 28)] = 1 << 20
+    """Blocks that the prefix index remembers, for 24 bytes each."""
+    prefix_blocks_per_prompt: Annotated[int, Meta(ge=1, le=1 << 16)] = 1024
+    """Beginnings of prompts longer than this are as if they were new."""
     tokenizer_url: str = ""
     tokenizer_timeout_secs: Positive = 2.0
     balance_abs_threshold: NotNegative = 1.0

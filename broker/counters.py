@@ -87,6 +87,7 @@ class TotalColumn(IntEnum):
     QUEUE_TIMEOUT = 15
     SESSION_CHOICES = 16  # by a policy that looks prompts up, for a session
     SESSION_REPEATS = 17  # of those: where the session's last one was
+    NOTICES_LOST = 18  # for the prefix index; the scheduler did not take them in time
 
 
 class Histogram(IntEnum):

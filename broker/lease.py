@@ -44,7 +44,7 @@ class Slots(Protocol):
 class Lease:
     """Held by whoever streams the answer. Belongs to one thread, like the counters it moves."""
 
-    __slots__ = ("_row", "closed", "generation", "on_close", "slot", "tokens")
+    __slots__ = ("_row", "closed", "counts_prompt", "generation", "on_close", "slot", "tokens")
 
     def __init__(self, row: CounterRow, slot: int, generation: int, tokens: int) -> None:
         self._row = row
@@ -53,6 +53,8 @@ class Lease:
         self.tokens = tokens
         """Prompt tokens not released yet."""
         self.closed = False
+        self.counts_prompt = False
+        """The tokens are released when the answer begins, else with the lease."""
         self.on_close: Callable[[int], None] | None = None
         """Hears of the slot as soon as the lease no longer counts there."""
 
@@ -67,6 +69,11 @@ class Lease:
         if self.tokens:
             self._row.cells[_TOKENS_FINISHED * self._row.width + self.slot] += self.tokens
             self.tokens = 0
+
+    def answered(self) -> None:
+        """The answer begins. Idempotent."""
+        if self.counts_prompt:
+            self.finish_tokens()
 
     def close(self, outcome: CounterColumn | None = None) -> None:
         """The request has ended, as `outcome` says. Idempotent: only the first call counts."""

@@ -12,7 +12,7 @@ scheduler that is away): then a prefix is forgotten or counted less, nothing els
 
 Segment `prefix` (writer: scheduler): the blocks of `shm.hashtable`, and
 
-    generations  (slots,)      the generation of each slot that the index knows; 0 = none
+    generations  (slots,)      the generation of each slot that the index knows; 0 = none, -1 = being forgotten
     applied      (frontends,)  number of the last notice applied from each frontend: what its overlay may forget
 """
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,6 +30,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.config import Config
 from broker.errors import WireError
 from broker.types import RouteRequest
 from broker.wire import RoutingNotices
@@ -47,8 +48,13 @@ BLOCKS = 1024
 
 BATCH_BYTES = 48 * 1024
 """Keys in one message to the scheduler."""
+BATCH_NOTICES = 64
+"""Notices in one message: each costs the scheduler some 30 us, however short it is."""
 OUTBOX_BYTES = 1024 * 1024
 """Keys that may wait to be sent; beyond, the oldest notices are lost."""
+LEAVING = -1
+"""Instead of a generation: the slot is being forgotten. Without it, a scheduler killed within a pass would leave the
+rest of it to the slot's next instance."""
 PENDING = 128
 """Own notices that the overlay keeps while they are not applied."""
 
@@ -213,6 +219,8 @@ class PrefixIndex:
         self._last: tuple[RouteRequest | None, Vector, float] = (None, np.empty(0, dtype=np.int64), 0.0)
         self.lost = 0
         """Notices given up because the scheduler did not take them in time."""
+        self.on_note: Callable[[], None] = lambda: None
+        """Hears that there is something to tell."""
 
     @classmethod
     def attach(
@@ -220,6 +228,12 @@ class PrefixIndex:
     ) -> PrefixIndex:
         """Map the run's index, read-only. Raises SegmentError."""
         return cls(Segment.attach(run_dir / PREFIX, layout), frontend, block=block, limit=limit)
+
+    @classmethod
+    def of_run(cls, run_dir: Path, config: Config, frontend: int) -> PrefixIndex:
+        """As these settings ask for. Raises SegmentError."""
+        block, limit = config.scheduler.cache_block_size, config.scheduler.prefix_blocks_per_prompt
+        return cls.attach(run_dir, run_layout(config), frontend, block=block, limit=limit)
 
     def match(self, request: RouteRequest) -> Match:
         """What is known of the request's prompt. The keys of the last request are kept: it may be picked for again."""
@@ -283,6 +297,7 @@ class PrefixIndex:
         while self._outbox_keys * 8 > OUTBOX_BYTES:
             self._outbox_keys -= len(self._outbox.popleft().keys)
             self.lost += 1
+        self.on_note()
 
     def batch(self) -> RoutingNotices | None:
         """The next message to the scheduler; None when there is nothing to tell.
@@ -291,12 +306,17 @@ class PrefixIndex:
         """
         batch: list[_Notice] = []
         size = 0
-        while self._outbox and (size := size + 8 * len(self._outbox[0].keys)) <= BATCH_BYTES:
+        while (
+            self._outbox
+            and len(batch) < BATCH_NOTICES
+            and (size := size + 8 * len(self._outbox[0].keys)) <= BATCH_BYTES
+        ):
             batch.append(self._outbox.popleft())
         if not batch:
             return None
         self._outbox_keys -= sum(len(notice.keys) for notice in batch)
         return RoutingNotices(
+            self._frontend,
             batch[-1].number,
             [notice.slot for notice in batch],
             [notice.generation for notice in batch],
@@ -329,6 +349,11 @@ def prefix_layout(slots: int, frontends: int, capacity: int = CAPACITY) -> Layou
     )
 
 
+def run_layout(config: Config) -> Layout:
+    """The layout that these settings ask for."""
+    return prefix_layout(config.shm.slots, config.shm.frontends, config.scheduler.prefix_blocks)
+
+
 def create_prefix(run_dir: Path, layout: Layout) -> None:
     """Make the segment in the run directory. Raises SegmentError; SegmentSpace when the mount is too small."""
     Segment.create(run_dir / PREFIX, layout).close()
@@ -358,6 +383,11 @@ class PrefixWriter:
         segment.take_over(os.getpid())
         return cls(segment, generations)
 
+    def generation(self, slot: int) -> int:
+        """Whose notices count for the slot; 0 = nobody's."""
+        generation: int = self._generations[slot]
+        return generation
+
     def admit(self, slot: int, generation: int) -> None:
         """`slot` is another instance's from now on."""
         if self._generations[slot] != generation:
@@ -365,15 +395,23 @@ class PrefixWriter:
             self._generations[slot] = generation
 
     def forget(self, slots: Iterable[int]) -> None:
-        """The instances in `slots` are removed. One pass over the table for all of them, tens of milliseconds."""
+        """The instances in `slots` are removed: `forgetting`, at once."""
+        for _ in self.forgetting(slots):
+            pass
+
+    def forgetting(self, slots: Iterable[int]) -> Iterator[None]:
+        """The instances in `slots` are removed. One pass over the table for all of them, tens of milliseconds, in steps
+        of a few; batches may be applied in between, but none of `slots` admitted before the last step."""
         slots = [slot for slot in slots if self._generations[slot]]
         if not slots:
             return
         for slot in slots:
-            self._generations[slot] = 0  # first: nothing notes the slot from here on
-        self._table.forget(slots)
+            self._generations[slot] = LEAVING  # first: nothing notes the slot from here on
+        yield from self._table.forgetting(slots)
+        for slot in slots:
+            self._generations[slot] = 0
 
-    def apply(self, frontend: int, notices: RoutingNotices) -> int:
+    def apply(self, notices: RoutingNotices) -> int:
         """Enter one batch; returns how many notices counted. Those of another generation do not.
 
         Raises WireError, with nothing entered, when the message contradicts itself.
@@ -382,7 +420,7 @@ class PrefixWriter:
         whole = len(notices.keys) // 8 * 8
         keys: Vector = np.frombuffer(notices.keys[:whole], dtype=np.int64)
         if (
-            not 0 <= frontend < len(self._applied)
+            not 0 <= notices.frontend < len(self._applied)
             or not len(notices.slots) == len(notices.generations) == len(lengths)
             or sum(lengths) * 8 != len(notices.keys)
             or any(length < 1 for length in lengths)
@@ -393,15 +431,20 @@ class PrefixWriter:
         counted = 0
         start = 0
         for slot, generation, length in zip(notices.slots, notices.generations, lengths, strict=True):
-            if generation and self._generations[slot] == generation:
+            if generation > 0 and self._generations[slot] == generation:
                 self._table.add(keys[start : start + length], slot, self._table.tick + 1)
                 counted += 1
             start += length
-        self._applied[frontend] = notices.last
+        self._applied[notices.frontend] = notices.last
         return counted
 
     def age(self, now: float, older_than_s: float) -> int:
-        """Drop what has not been used for `older_than_s` seconds; called now and then. Returns how many blocks.
+        """`aging`, at once; returns how many blocks were dropped."""
+        return sum(self.aging(now, older_than_s))
+
+    def aging(self, now: float, older_than_s: float) -> Iterator[int]:
+        """Drop what has not been used for `older_than_s` seconds, in steps of a few milliseconds; called now and then.
+        Yields how many blocks each step dropped.
 
         Ages are known as finely as this is called, and from this object's beginning on.
         """
@@ -409,7 +452,8 @@ class PrefixWriter:
         while self._marks and self._marks[0][0] <= now - older_than_s:
             tick = self._marks.popleft()[1]
         self._marks.append((now, self._table.tick + 1))
-        return 0 if tick is None else self._table.expire(tick)
+        if tick is not None:
+            yield from self._table.expiring(tick)
 
     def __len__(self) -> int:
         """Blocks in the index. A full pass."""

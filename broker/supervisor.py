@@ -24,13 +24,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from broker import banner, check, config, log
+from broker import banner, check, config, log, policies
 from broker.child import Child
 from broker.config import Config
 from broker.counters import Roster, create_counters
 from broker.errors import PenstockError
 from broker.faces import Event, face_of
 from broker.narrator import Narrator
+from broker.prefix import create_prefix, run_layout
 from broker.table import create_table
 from shm.rundir import RunDirectory, RunDirectoryError, remove_stale
 from shm.segment import SegmentError
@@ -345,6 +346,8 @@ def make_segments(path: Path, settings: Config) -> Roster:
     try:
         create_table(path, settings)
         counters = create_counters(path, settings)
+        if policies.need_index(settings):
+            create_prefix(path, run_layout(settings))
     except SegmentError as e:
         raise StartError(f"shm.dir: {e}") from e
     try:

@@ -119,6 +119,8 @@ class SchedulerEvent(IntEnum):
     TICKETS_RETURNED = 11  # granted, and back in line because the instance could not be taken
     TICKETS_WITHDRAWN = 12  # their client left, their time was over, or their frontend died
     TICKETS_REFUSED = 13  # the queue was full, or nobody serves them any more
+    NOTICES_APPLIED = 14  # prompts entered into the prefix index
+    NOTICES_DROPPED = 15  # for an instance that is gone, or more than could be entered in time
 
 
 def load_layout(slots: int) -> Layout:

@@ -72,6 +72,7 @@ class RoutingNotices(msgspec.Struct, frozen=True, array_like=True, tag=4):
     `generations[i]` then.
     """
 
+    frontend: int
     last: int
     """Number of the last of these notices; a frontend's notices are numbered in its order."""
     slots: list[int]

@@ -23,6 +23,8 @@ from broker.counters import FrontendCounters, attach_counters
 from broker.engines.pd import pairings
 from broker.errors import PenstockError
 from broker.faces import face_of
+from broker.policies import need_index
+from broker.prefix import PrefixIndex
 from broker.view import TableReader
 from frontend.accept import Evenness
 from frontend.admin import Admin
@@ -35,6 +37,7 @@ from frontend.errors import Stopping
 from frontend.fastdeploy import FastDeployRoutes
 from frontend.forward import Forwarder
 from frontend.metrics import Metrics
+from frontend.notices import Notices
 from frontend.outside import Outside, Told
 from frontend.pair import Pairer
 from frontend.server import KEEP_ALIVE_S, Server, quiet_uvicorn
@@ -108,7 +111,10 @@ async def serve(
         stack.callback(control.close)
         stack.callback(Watch(table, http, native, loop).close)
         breaker = Breaker(config.upstream.breaker_failures, config.upstream.breaker_secs)
-        dispatcher = Dispatcher(table, counters, make_policies(config, index), breaker)
+        prefixes = PrefixIndex.of_run(run_dir, config, index) if need_index(config) else None
+        if prefixes is not None:
+            stack.callback(Notices(prefixes, counters, control.note, loop).close)
+        dispatcher = Dispatcher(table, counters, make_policies(config, index, prefixes), breaker)
         dispatcher.sessions = by_role(config.scheduler, counters)
         admission = Admission(config, table, dispatcher, counters, life, loop, control.offer)
         stack.callback(admission.close)

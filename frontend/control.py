@@ -108,6 +108,10 @@ class Control:
         """Tells the queue, without waiting; False when the scheduler is not connected, or takes no more."""
         return self._send(tickets)
 
+    def note(self, notices: wire.RoutingNotices) -> bool:
+        """For the prefix index, without waiting; False: lost. Nothing is queued for a scheduler that stands."""
+        return self._table.alive(time.monotonic_ns()) and self._send(notices)
+
     async def _call(self, message: Callable[[int], wire.FrontendToScheduler]) -> wire.Reply:
         number = next(self._numbers)
         if not self._table.alive(time.monotonic_ns()) or not self._send(message(number)):

@@ -15,7 +15,8 @@ from broker.config import Config
 from broker.counters import FrontendCounters
 from broker.errors import NoInstance
 from broker.lease import Lease, take
-from broker.policies import Options, Policy, frontend_rng, make_policy
+from broker.policies import Options, Policy, frontend_rng, in_use, make_policy
+from broker.prefix import PrefixIndex
 from broker.types import Instance, Role, RouteRequest
 from broker.view import TableReader, View
 from frontend.breaker import Breaker
@@ -115,9 +116,10 @@ class Dispatcher:
         Raises `NoInstance` or `ModelNotFound`; nothing is held then.
         """
         for _ in range(TAKES):
-            view, slot = self._pick(request, tried, now, unfit)
-            lease = take(self._table, self._counters, slot, view.generation(slot), request.prompt_tokens)
+            view, slot, tokens = self._pick(request, tried, now, unfit)
+            lease = take(self._table, self._counters, slot, view.generation(slot), tokens)
             if lease is not None:
+                lease.counts_prompt = self._policies[request.role].counts_prompts
                 self.breaker.tries(slot, now)
                 instance = self._table.instance(slot)
                 if request.session and request.role in self.sessions:
@@ -136,8 +138,11 @@ class Dispatcher:
 
     def _pick(
         self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int]
-    ) -> tuple[View, int]:
-        """Not tried and not open; else not tried, the least bad; else, all having been tried, any once more."""
+    ) -> tuple[View, int, int]:
+        """Not tried and not open; else not tried, the least bad; else, all having been tried, any once more.
+
+        The slot, and the tokens that the request is to count there.
+        """
         avoid = {*tried, *self.breaker.open_slots(now), *unfit}
         view = self._table.view(request.role, request.model, avoid=avoid)
         if avoid:
@@ -148,21 +153,22 @@ class Dispatcher:
                     raise NoInstance(f"no {request.role.name.lower()} instance fits its counterpart")
                 left = [slot for slot in fit if slot not in tried]
                 if left:
-                    return view, self.breaker.least_bad(left)
+                    return view, self.breaker.least_bad(left), request.prompt_tokens
                 if unfit:
                     view = self._table.view(request.role, request.model, avoid=unfit)
-        return view, self._policies[request.role].pick(request, view)
+        policy = self._policies[request.role]
+        slot = policy.pick(request, view)
+        return view, slot, policy.tokens(request)
 
 
-def make_policies(config: Config, index: int) -> dict[Role, Policy]:
-    """One policy object per role, so that none shares a turn with another. `index` is the frontend's row."""
+def make_policies(config: Config, index: int, prefixes: PrefixIndex | None = None) -> dict[Role, Policy]:
+    """One policy object per role in use, so that none shares a turn with another. `index` is the frontend's row.
+
+    `prefixes` is shared by all of them; there is one if `need_index` says so.
+    """
     scheduler, workers = config.scheduler, config.server.workers
-    names = {
-        Role.MIXED: scheduler.policy,
-        Role.PREFILL: scheduler.prefill_policy,
-        Role.DECODE: scheduler.decode_policy,
-    }
     rng = frontend_rng(scheduler.seed, index)
     # A frontend that was swapped in has a row of the same remainder, and keeps its place on the circle.
     offset = index % workers / workers
-    return {role: make_policy(name, Options.of(scheduler), rng, offset) for role, name in names.items()}
+    options = Options.of(scheduler)
+    return {role: make_policy(name, options, rng, offset, prefixes) for role, name in in_use(config).items()}

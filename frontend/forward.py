@@ -389,6 +389,7 @@ class Forward:
         self._asked = None
         self._touched = shared.clock()
         self._first_byte = self._touched - self._began
+        self._choice.lease.answered()
         if self._status not in FAILED_STATUSES:
             shared.dispatcher.breaker.answers(self._choice.lease.slot)
         shared.counters.observe(Histogram.FIRST_TOKEN, self._first_byte)

@@ -193,6 +193,11 @@ class Metrics:
             yield CounterMetricFamily(f"penstock_{name}_requests", text, value=totals[column])
         for name, text, column in _SESSIONS:
             yield CounterMetricFamily(name, text, value=totals[column])
+        yield CounterMetricFamily(
+            "penstock_prefix_notices_lost",
+            "Prompts that other frontends were not told of, because the scheduler took no more",
+            value=totals[TotalColumn.NOTICES_LOST],
+        )
         for name, text, histogram in _HISTOGRAMS:
             yield _histogram(f"penstock_{name}", text, totals, histogram)
         connections = GaugeMetricFamily("penstock_open_connections", "Clients' connections", labels=("frontend",))

@@ -49,7 +49,7 @@ These are store-store and load-load orders, which x86-64 keeps (see `shm.fence`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -307,18 +307,19 @@ class TableWriter(_Table):
 
     # -- forgetting ---------------------------------------------------------------------------------------------
 
-    def forget(self, members: Iterable[int]) -> None:
+    def forgetting(self, members: Iterable[int]) -> Iterator[None]:
         """Take `members` out of every set; a key whose set becomes empty goes.
 
         One pass over the table however many they are, 50 ms for a million keys: forget together what leaves together.
+        In steps of a few milliseconds, so that the caller's loop can do other things in between: anything but adding
+        one of `members`.
         """
+        members = list(members)
         leaving = np.zeros(_FIELD + 1, dtype=np.bool_)
-        for member in members:
-            leaving[member + 1] = True
-            column = self._pool[:, member >> 6]
-            self._put(self._pool, (slice(None), member >> 6), column & ~(np.int64(1) << np.int64(member & 63)))
-        empty = np.flatnonzero(~self._pool.any(axis=1))
+        leaving[np.array(members, dtype=np.int64) + 1] = True
+        self._leave_pool(members)
         for start in range(0, self.capacity, _CHUNK):
+            empty = np.flatnonzero(~self._pool.any(axis=1))
             words = self._members[start : start + _CHUNK]
             kept = words
             for shift in range(0, 16 * _FIELDS, 16):
@@ -332,14 +333,29 @@ class TableWriter(_Table):
             if len(empty):
                 gone |= (kept < 0) & np.isin(~kept & ((1 << _PLACE_BITS) - 1), empty)
             self._remove(np.flatnonzero(gone) + start)
+            yield
+        # A word that grew into a bitmap before its turn came has taken its members along.
+        self._leave_pool(members)
 
-    def expire(self, tick: int) -> int:
-        """Drop every key that was last used before `tick`; returns how many."""
-        dropped = 0
+    def forget(self, members: Iterable[int]) -> None:
+        """`forgetting`, at once."""
+        for _ in self.forgetting(members):
+            pass
+
+    def _leave_pool(self, members: Iterable[int]) -> None:
+        for member in members:
+            column = self._pool[:, member >> 6]
+            self._put(self._pool, (slice(None), member >> 6), column & ~(np.int64(1) << np.int64(member & 63)))
+
+    def expiring(self, tick: int) -> Iterator[int]:
+        """Drop every key that was last used before `tick`, in steps as `forgetting`; yields how many each dropped."""
         for start in range(0, self.capacity, _CHUNK):
             old = self._uses[start : start + _CHUNK] >> _COUNT_BITS < tick
-            dropped += self._remove(np.flatnonzero(old) + start)
-        return dropped
+            yield self._remove(np.flatnonzero(old) + start)
+
+    def expire(self, tick: int) -> int:
+        """`expiring`, at once; returns how many keys were dropped."""
+        return sum(self.expiring(tick))
 
     def _remove(self, places: Vector) -> int:
         places = places[self._flat.take(places) != 0]

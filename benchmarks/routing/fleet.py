@@ -56,20 +56,20 @@ class Router:
         readers = [Segment.attach(path) for _ in range(FRONTENDS)]
         self._indexes = [PrefixIndex(reader, k, block=block) for k, reader in enumerate(readers)]
         self._policies = [make(Random(f"{seed}/{k}"), index) for k, index in enumerate(self._indexes)]
-        self._on_the_way: deque[tuple[float, int, RoutingNotices]] = deque()
+        self._on_the_way: deque[tuple[float, RoutingNotices]] = deque()
         self._turn = 0
         self.view = Counters(engines)
 
     def route(self, job: Job, now: float) -> int:
         while self._on_the_way and self._on_the_way[0][0] <= now:
-            _, frontend, notices = self._on_the_way.popleft()
-            self._writer.apply(frontend, notices)
+            _, notices = self._on_the_way.popleft()
+            self._writer.apply(notices)
         k = self._turn = (self._turn + 1) % FRONTENDS
         policy = self._policies[k]
         request = RouteRequest(prompt_tokens=job.prompt, prompt=job.text)
         slot = policy.pick(request, self.view)
         while notices_ := self._indexes[k].batch():
-            self._on_the_way.append((now + NOTICES_S, k, notices_))
+            self._on_the_way.append((now + NOTICES_S, notices_))
         job.engine = slot
         job.charged = policy.tokens(request) if isinstance(policy, PrefixCost) else job.prompt
         self.view.in_flight[slot] += 1

@@ -16,6 +16,7 @@ from broker.config import Tree
 DEFAULTS: Tree = {
     # Every interface, of both families: the original ignores `server.host`.
     "server": {"host": "::" if socket.has_dualstack_ipv6() else "0.0.0.0", "workers": 1},
+    "scheduler": {"policy": "request_num", "prefill-policy": "process_tokens"},
     "manager": {"health-failure-threshold": 1, "health-success-threshold": 1, "expire-after-secs": 0.0},
 }
 _IGNORED = {("server", "host"), ("server", "name"), ("server", "mode"), ("server", "compat")}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import get_args
 
-from broker.config import PolicyName, Scheduler
+from broker.config import Config, PolicyName, Scheduler
 from broker.errors import ConfigError
-from broker.policies.base import Loads, Options, Policy
+from broker.policies.base import Loads, Options, Picker, Policy, WholePrompts
 from broker.policies.cache_aware import CacheAware
 from broker.policies.fd_metrics_score import FdMetricsScore
 from broker.policies.fd_remote_metrics_score import FdRemoteMetricsScore
@@ -20,10 +19,25 @@ from broker.policies.remote_cache_aware import RemoteCacheAware
 from broker.policies.request_num import RequestNum
 from broker.policies.round_robin import RoundRobin
 from broker.prefix import PrefixIndex
+from broker.types import Role
 
-__all__ = ["INDEXED", "POLICIES", "Loads", "Options", "Policy", "check", "frontend_rng", "make_policy"]
+__all__ = [
+    "INDEXED",
+    "POLICIES",
+    "TOKENIZED",
+    "Loads",
+    "Options",
+    "Picker",
+    "Policy",
+    "WholePrompts",
+    "frontend_rng",
+    "in_use",
+    "make_policy",
+    "need_index",
+    "read_reports",
+]
 
-POLICIES: dict[str, Callable[[Options, Random, float], Policy]] = {
+POLICIES: dict[str, Callable[[Options, Random, float], Picker]] = {
     "random": lambda _options, rng, _offset: RandomChoice(rng),
     "round_robin": lambda _options, _rng, offset: RoundRobin(offset),
     "power_of_two": lambda _options, rng, _offset: PowerOfTwo(rng),
@@ -35,14 +49,16 @@ POLICIES: dict[str, Callable[[Options, Random, float], Policy]] = {
 """FastDeploy's names that decide by load alone. Each role has a policy of its own: none shares a turn with another."""
 
 INDEXED: dict[str, Callable[[Options, Random, PrefixIndex], Policy]] = {
-    "cache_aware": CacheAware,
-    "remote_cache_aware": RemoteCacheAware,
+    "cache_aware": lambda options, rng, index: WholePrompts(CacheAware(options, rng, index)),
+    "remote_cache_aware": lambda options, rng, index: WholePrompts(RemoteCacheAware(options, rng, index)),
     "prefix_cost": lambda _options, rng, index: PrefixCost(rng, index),
 }
 """Those that look prompts up in the prefix index. One index serves all roles of a frontend."""
 
+TOKENIZED = frozenset(("cache_aware", "remote_cache_aware"))
+"""Those that cut prompts by the tokenizer's tokens, if there is one; FastDeploy's."""
 
-READ_REPORTS = frozenset(("fd_remote_metrics_score", "remote_cache_aware", "prefix_cost"))
+READ_REPORTS = frozenset(("fd_remote_metrics_score", "remote_cache_aware"))
 """Those that decide by what engines report; the others need no report for their decisions."""
 
 
@@ -51,26 +67,31 @@ def read_reports(settings: Scheduler) -> bool:
     return not READ_REPORTS.isdisjoint((settings.policy, settings.prefill_policy, settings.decode_policy))
 
 
-def check(settings: Scheduler) -> None:
-    """Whether the policies named in the settings can be made; for the start. Raises `ConfigError` as `make_policy`."""
-    for name in (settings.policy, settings.prefill_policy, settings.decode_policy):
-        make_policy(name, Options.of(settings), Random(settings.seed), 0.0)
+def in_use(config: Config) -> dict[Role, PolicyName]:
+    """The policies of the roles that instances may have."""
+    settings = config.scheduler
+    if config.server.splitwise:
+        return {Role.PREFILL: settings.prefill_policy, Role.DECODE: settings.decode_policy}
+    return {Role.MIXED: settings.policy}
+
+
+def need_index(config: Config) -> bool:
+    """Whether any policy in use looks prompts up."""
+    return not INDEXED.keys().isdisjoint(in_use(config).values())
 
 
 def make_policy(name: str, options: Options, rng: Random, offset: float, index: PrefixIndex | None = None) -> Policy:
     """The policy of that name. `offset` is k/N for frontend k of N: where on the circle its round robin starts.
 
-    Without `index` the policies that need one are not available.
-    Raises `ConfigError` with a sentence that lists the known names.
+    Raises `ConfigError` with a sentence that lists the known names; `ValueError` for an `INDEXED` one without index.
     """
     if name in POLICIES:
-        return POLICIES[name](options, rng, offset)
-    if index is not None and name in INDEXED:
-        return INDEXED[name](options, rng, index)
-    known = ", ".join(POLICIES if index is None else [*POLICIES, *INDEXED])
-    if name in get_args(PolicyName):
-        raise ConfigError(f"the policy {name!r} is not available in this version; available: {known}")
-    raise ConfigError(f"unknown policy {name!r}; known: {known}")
+        return WholePrompts(POLICIES[name](options, rng, offset))
+    if name not in INDEXED:
+        raise ConfigError(f"unknown policy {name!r}; known: {', '.join([*POLICIES, *INDEXED])}")
+    if index is None:
+        raise ValueError(f"{name} needs a prefix index")
+    return INDEXED[name](options, rng, index)
 
 
 def frontend_rng(seed: int, frontend: int) -> Random:

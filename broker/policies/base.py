@@ -69,11 +69,35 @@ class Loads(Protocol):
         have moved since. `in_flight` where there is no report to trust."""
 
 
-class Policy(Protocol):
+class Picker(Protocol):
     """How one of the candidates is chosen."""
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
         """The slot of one candidate. No I/O, no waiting, microseconds; never raises for a view that has candidates."""
+
+
+class Policy(Picker, Protocol):
+    """And what the choice means for the instance."""
+
+    @property
+    def counts_prompts(self) -> bool:
+        """Tokens are the work that waits: they count until the answer begins. Else as long as the request."""
+
+    def tokens(self, request: RouteRequest) -> int:
+        """Prompt tokens that the request, picked for last, is to count at its instance."""
+
+
+class WholePrompts:
+    """A picker's policy by which every prompt counts whole, wherever it goes, and as long as its request: the
+    original's rule."""
+
+    counts_prompts = False
+
+    def __init__(self, picker: Picker) -> None:
+        self.pick = picker.pick
+
+    def tokens(self, request: RouteRequest) -> int:
+        return request.prompt_tokens
 
 
 def least(scores: NDArray[np.int64] | NDArray[np.float64], rng: Random) -> int:

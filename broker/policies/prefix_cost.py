@@ -54,6 +54,8 @@ class PrefixCost:
     for that many, so that the view's tokens are the work that is queued, and not prompts that are mostly cached.
     """
 
+    counts_prompts = True
+
     def __init__(self, rng: Random, index: PrefixIndex) -> None:
         self._rng = rng
         self._index = index

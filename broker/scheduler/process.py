@@ -1,6 +1,6 @@
 """The scheduler process: sockets and timers in, decisions of `Registry`, memory and replies out. One event loop.
 
-    control.sock  ROUTER  frontends    FrontendHello, Register, Drain, Tickets
+    control.sock  ROUTER  frontends    FrontendHello, Register, Drain, Tickets, RoutingNotices
     engines.sock  ROUTER  engines      EngineHello, EngineBeat, EngineGoodbye
     load.sock     SUB     engines      Load
     p2p_nccl      ROUTER  vLLM         registrations of its P2pNcclConnector, where configured
@@ -23,7 +23,7 @@ from typing import Any
 
 import zmq
 
-from broker import wire
+from broker import policies, wire
 from broker.config import Config
 from broker.errors import ConfigError, WireError
 from broker.faces import face_of
@@ -35,6 +35,7 @@ from broker.scheduler.bulletin import Bulletin
 from broker.scheduler.collect import Collector
 from broker.scheduler.events import LoadFeed, Source
 from broker.scheduler.inquiry import check_pairs
+from broker.scheduler.notices import Notices
 from broker.scheduler.p2p_nccl import P2pNcclBeats
 from broker.scheduler.registrar import Registrar, answer
 from broker.scheduler.registry import Registry
@@ -80,6 +81,10 @@ class Scheduler:
         )
         narrator = Narrator(face_of(config), "scheduler")
         self._bulletin = Bulletin(self._registry, reader.counters, narrator, config.scheduler, time.monotonic_ns())
+        self._notices: Notices | None = None
+        if policies.need_index(config):
+            self._notices = Notices.attach(run_dir, config, reader, table.events, self._loop)
+        self._noticed_changes = self._registry.changes
         self._sweeping = False
         self._queue_timer: asyncio.TimerHandle | None = None
         self._answering: set[asyncio.Task[None]] = set()
@@ -113,6 +118,8 @@ class Scheduler:
             self._sweep_soon()
             stack.push_async_callback(self._end_answers)
             stack.callback(self._close_queue)
+            if self._notices is not None:
+                stack.callback(self._notices.close)
             # A task that fails ends the process: better a restart than half a scheduler.
             async with asyncio.TaskGroup() as tasks:
                 running = [
@@ -179,6 +186,7 @@ class Scheduler:
             if len(frames) != 2:
                 raise WireError(f"{len(frames) - 1} frames where one belongs")
             handle(peer, frames[1])
+            self._follow_fleet()
         except WireError as e:
             self._tally.dropped(name, peer, e)
         except Exception:  # one peer's message must not end the drain of everybody's
@@ -219,6 +227,8 @@ class Scheduler:
             case wire.Tickets() as tickets:
                 self._admission.hear(peer, tickets, time.monotonic_ns())
                 self._sweep_soon()
+            case wire.RoutingNotices() as notices if self._notices is not None:
+                self._notices.hear(notices)
 
     async def _check_pairs(self) -> tuple[int, bytes]:
         await check_pairs(self._registry, self._collector, self._config.manager)
@@ -228,7 +238,9 @@ class Scheduler:
         """Replies to a call when its answer is there."""
 
         async def reply() -> None:
-            self._send(self._frontends, peer, wire.Reply(call, *await answering))
+            status, body = await answering
+            self._follow_fleet()
+            self._send(self._frontends, peer, wire.Reply(call, status, body))
 
         task = self._loop.create_task(reply())
         self._answering.add(task)
@@ -238,6 +250,14 @@ class Scheduler:
         for task in list(self._answering):
             task.cancel()
         await asyncio.gather(*self._answering, return_exceptions=True)
+
+    # -- the prefix index --------------------------------------------------------------------------------------
+
+    def _follow_fleet(self) -> None:
+        """At once, so that an instance's first requests are noted as its own."""
+        if self._notices is not None and self._noticed_changes != self._registry.changes:
+            self._noticed_changes = self._registry.changes
+            self._notices.follow()
 
     # -- requests that wait ------------------------------------------------------------------------------------
 
@@ -322,11 +342,13 @@ class Scheduler:
                     {m.instance.url: m.instance.load_endpoint for m in self._registry if m.instance.load_endpoint}
                 )
             self._watch.turn(now)
+            self._follow_fleet()
             self._bulletin.turn(now)
             beats += 1
             await asyncio.sleep(BEAT_S)
 
     def _mark_ready(self, ready: Callable[[], None]) -> None:
+        self._follow_fleet()
         self._table.mark_ready()
         logger.info("ready: epoch %d, %d instances", self._table.epoch, len(self._registry))
         ready()

@@ -5,17 +5,21 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from random import Random
+from typing import get_args
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.config import Scheduler, build
+from broker.config import Config, PolicyName, Scheduler, Server, build
 from broker.errors import ConfigError
-from broker.policies import POLICIES, Options, Policy, check, frontend_rng, make_policy
-from broker.types import RouteRequest, Trust
+from broker.faces import FD_ROUTER
+from broker.policies import INDEXED, POLICIES, Options, Policy, frontend_rng, in_use, make_policy, need_index
+from broker.types import Role, RouteRequest, Trust
 from tests.support.loads import FakeLoads
+from tests.support.prefix import SLOTS, Prefixes
 
 REQUEST = RouteRequest(model="m", prompt_tokens=100, session="s", prompt="Hello")
 HUGE = 2**62
@@ -27,7 +31,7 @@ def make(name: str, seed: int = 0, frontend: int = 0, frontends: int = 1, weight
 
 
 @st.composite
-def views(draw: st.DrawFn) -> FakeLoads:
+def views(draw: st.DrawFn, most_slots: int = 65536) -> FakeLoads:
     n = draw(st.integers(1, 40))
     known = st.one_of(st.integers(0, 3), st.integers(0, HUGE))
     unknown = st.one_of(st.just(-1), known)
@@ -36,7 +40,7 @@ def views(draw: st.DrawFn) -> FakeLoads:
         return draw(st.lists(of, min_size=n, max_size=n))
 
     view = FakeLoads(n).having(
-        slots=draw(st.lists(st.integers(0, 65535), min_size=n, max_size=n, unique=True)),
+        slots=draw(st.lists(st.integers(0, most_slots - 1), min_size=n, max_size=n, unique=True)),
         in_flight=vector(known),
         tokens=vector(known),
         waiting=vector(unknown),
@@ -110,16 +114,43 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         make("best")
 
 
-@pytest.mark.parametrize("name", ["cache_aware", "remote_cache_aware"])
-def test_a_name_of_a_later_version_says_so(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}' is not available in this version; available: random, "):
-        make(name)
+def test_every_name_of_the_settings_can_be_made() -> None:
+    assert set(get_args(PolicyName)) == {*POLICIES, *INDEXED}
 
 
-def test_a_name_that_cannot_be_made_is_found_before_the_start() -> None:
-    check(Scheduler())
-    with pytest.raises(ConfigError, match="remote_cache_aware"):
-        check(Scheduler(decode_policy="remote_cache_aware"))
+def test_only_the_policies_of_roles_that_instances_may_have_are_in_use() -> None:
+    mixed = Config(scheduler=Scheduler(policy="random", prefill_policy="cache_aware"))
+    assert in_use(mixed) == {Role.MIXED: "random"}
+    assert not need_index(mixed)
+    pairs = msgspec.structs.replace(mixed, server=Server(splitwise=True))
+    assert in_use(pairs) == {Role.PREFILL: "cache_aware", Role.DECODE: "request_num"}
+    assert need_index(pairs)
+
+
+def test_our_default_is_prefix_cost_and_fastdeploys_what_it_was() -> None:
+    ours, theirs = Scheduler(), build(FD_ROUTER.settings({})[0]).scheduler
+    assert (ours.policy, ours.prefill_policy, ours.decode_policy) == ("prefix_cost", "prefix_cost", "request_num")
+    assert (theirs.policy, theirs.prefill_policy, theirs.decode_policy) == (
+        "request_num",
+        "process_tokens",
+        "request_num",
+    )
+
+
+@pytest.mark.parametrize("name", INDEXED)
+@given(view=views(most_slots=SLOTS), seed=st.integers(0, 2**32))
+def test_the_choice_by_prompt_is_a_candidate(
+    name: str, tmp_path_factory: pytest.TempPathFactory, view: FakeLoads, seed: int
+) -> None:
+    prefixes = Prefixes(tmp_path_factory.mktemp("prefix"))
+    prefixes.sent("Hello, world", 0, 1, 2)
+    policy = make_policy(name, Options(), Random(seed), 0.0, prefixes.index)
+    for prompt in ("Hello, world", "Hello, you", ""):
+        request = RouteRequest(model=None, prompt_tokens=len(prompt), prompt=prompt)
+        slot = policy.pick(request, view)
+        assert type(slot) is int
+        assert slot in view.slots.tolist()
+        assert 0 <= policy.tokens(request) <= request.prompt_tokens
 
 
 def test_an_unknown_name_in_the_settings_lists_the_known_ones() -> None:

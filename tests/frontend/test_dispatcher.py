@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from broker.config import Scheduler
+from broker.config import Scheduler, Server
 from broker.counters import CounterColumn
 from broker.errors import NoInstance
-from broker.policies import Loads, Policy
+from broker.policies import Loads, Picker, WholePrompts
 from broker.table import State
 from broker.types import Role, RouteRequest
 from frontend.breaker import Breaker
@@ -44,8 +44,8 @@ class Scripted:
         return int(view.slots[0])
 
 
-def dispatcher(frontend: Frontend, policy: Policy) -> Dispatcher:
-    return Dispatcher(frontend.run.reader, frontend.counters, {Role.MIXED: policy}, Breaker(3, 5.0))
+def dispatcher(frontend: Frontend, policy: Picker) -> Dispatcher:
+    return Dispatcher(frontend.run.reader, frontend.counters, {Role.MIXED: WholePrompts(policy)}, Breaker(3, 5.0))
 
 
 def test_a_choice_holds_a_lease_that_counts_request_and_tokens(frontend: Frontend) -> None:
@@ -100,5 +100,7 @@ def test_frontends_begin_their_round_at_different_places(frontend: Frontend) -> 
 
 
 def test_each_role_has_a_policy_of_its_own(frontend: Frontend) -> None:
-    policies = make_policies(frontend.config, 0)
-    assert len({id(policy) for policy in policies.values()}) == len(Role)
+    pairs = msgspec.structs.replace(frontend.config, server=Server(splitwise=True))
+    policies = make_policies(pairs, 0)
+    assert policies.keys() == {Role.PREFILL, Role.DECODE}
+    assert policies[Role.PREFILL] is not policies[Role.DECODE]

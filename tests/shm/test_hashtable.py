@@ -468,3 +468,24 @@ def test_beside_a_writer_no_key_is_seen_with_anothers_members(tmp_path: Path) ->
                 start = run.stop
         here.send(True)
     assert found > 100
+
+
+def test_forgetting_in_steps_misses_nothing_that_is_added_in_between(
+    shared: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shm.hashtable._CHUNK", 64)
+    writer, reader = TableWriter(shared), TableReader(shared)
+    numbers = np.arange(1, 257, dtype=np.int64)
+    for member in (1, 2, 3, 4):
+        writer.add(numbers, member, 1)
+    steps = 0
+    for _ in writer.forgetting([1]):
+        writer.add(numbers, 5 + steps % 8, 2)  # words become bitmaps, before their turn and behind it
+        steps += 1
+    assert steps > 4
+    for number in numbers.tolist():
+        found = reader.find(keys(number))
+        assert found.runs, number
+        members = found.runs[0].members
+        assert not members >> 1 & 1, f"{number}: {members:b}"
+        assert members >> 5 & 1, f"{number}: {members:b}"

@@ -28,7 +28,7 @@ class Prefixes:
 
     def deliver(self) -> None:
         while notices := self.index.batch():
-            self.writer.apply(0, notices)
+            self.writer.apply(notices)
 
     def who_has(self, prompt: str) -> dict[int, int]:
         """Slot to leading blocks."""

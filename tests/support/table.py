@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from broker.config import Config, Shm
+from broker.config import Config, Scheduler, Shm
 from broker.counters import FrontendCounters, Roster, attach_counters, create_counters
 from broker.table import State, TableWriter, create_table
 from broker.types import Instance, Role
@@ -35,7 +35,10 @@ class Run:
 
     def __init__(self, path: Path, *, slots: int = 16, frontends: int = 4, rest: float = 30.0) -> None:
         self.path = path
-        self.config = Config(shm=Shm(dir=str(path), slots=slots, frontends=frontends, rest_secs=rest))
+        # Policies by load alone: a run that looks prompts up has one segment more.
+        policies = Scheduler(policy="request_num", prefill_policy="process_tokens")
+        shm = Shm(dir=str(path), slots=slots, frontends=frontends, rest_secs=rest)
+        self.config = Config(shm=shm, scheduler=policies)
         self.clock = Clock()
         create_table(path, self.config)
         self._counters = create_counters(path, self.config)

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from broker.policies import Options, Policy, make_policy
+from broker.policies import Options, Picker, make_policy
 from broker.policies.cache_aware import CacheAware
 from broker.policies.remote_cache_aware import RemoteCacheAware
 from broker.types import RouteRequest
@@ -28,7 +28,7 @@ def policy(prefixes: Prefixes, options: Options = EXAMPLE, seed: int = 1) -> Cac
     return CacheAware(options, Random(seed), prefixes.index)
 
 
-def choices(rule: Policy, view: FakeLoads, request: RouteRequest = REQUEST, n: int = 60) -> set[int]:
+def choices(rule: Picker, view: FakeLoads, request: RouteRequest = REQUEST, n: int = 60) -> set[int]:
     return {rule.pick(request, view) for _ in range(n)}
 
 

@@ -1,0 +1,138 @@
+"""The shared prefix index, between real processes: both frontends, the scheduler, engines that come and go."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from random import Random
+
+from broker import config
+from broker.counters import CounterColumn, CountersReader, attach_counters
+from broker.prefix import PrefixIndex
+from broker.types import RouteRequest
+from tests.support.processes import Fleet, fetch
+from tests.support.waiting import until
+
+INSTANCES, PROMPTS, ROUNDS = 4, 12, 6
+SEEN_WITHIN_S = 0.05
+
+
+def prompt(number: int) -> str:
+    """Thirty blocks and a bit, which no other prompt begins with."""
+    rng = Random(number)
+    return " ".join(f"{number}-{rng.randrange(10**6)}" for _ in range(200))
+
+
+def ask(fleet: Fleet, text: str) -> str:
+    """A request on a connection of its own, so that either frontend may get it; returns what the engine answered."""
+    body = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": text}]}
+    status, answer = fleet.post("/v1/chat/completions", body)
+    assert status == 200, answer
+    return json.dumps(answer["choices"])
+
+
+def taken(fleet: Fleet) -> list[int]:
+    """Requests that each of two frontends has dispatched."""
+    settings = config.parse((fleet.run_dir / "config.json").read_bytes())
+    segment = attach_counters(fleet.run_dir, settings)
+    sums: list[int] = CountersReader(segment).window(CounterColumn.STARTED, 2, INSTANCES).sum(axis=1).tolist()
+    segment.close()
+    return sums
+
+
+def start(fleet: Fleet) -> None:
+    for k in range(INSTANCES):
+        fleet.engine(f"e{k}", "--transport", "zmq" if k % 2 else "http")
+    fleet.await_instances(INSTANCES)
+
+
+class Observer:
+    """Looks into a run's index as a frontend of a row that nobody has."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        settings = config.parse((fleet.run_dir / "config.json").read_bytes())
+        self.index = PrefixIndex.of_run(fleet.run_dir, settings, settings.shm.frontends - 1)
+
+    def who_has(self, text: str) -> dict[int, int]:
+        """Slot to leading blocks."""
+        depths = self.index.match(RouteRequest(model="m", prompt=text)).depths
+        return {slot: depth for slot, depth in enumerate(depths.tolist()) if depth}
+
+
+def test_a_prompt_goes_back_to_the_instance_that_had_it_through_either_frontend(tmp_path: Path) -> None:
+    with Fleet(tmp_path, workers=2) as fleet:
+        start(fleet)
+        observer = Observer(fleet)
+        for number in range(PROMPTS):
+            ask(fleet, prompt(number))
+            until(lambda n=number: observer.who_has(prompt(n)), "the prompt noted")
+        homes = [observer.who_has(prompt(number)) for number in range(PROMPTS)]
+        assert all(len(home) == 1 for home in homes), homes
+        assert len({slot for home in homes for slot in home}) > 1, homes
+        for number in [*range(PROMPTS)] * ROUNDS:
+            ask(fleet, prompt(number))
+        fleet.await_idle()
+        assert [observer.who_has(prompt(number)) for number in range(PROMPTS)] == homes
+        assert min(taken(fleet)) >= PROMPTS, "one frontend got nearly everything"
+
+
+def test_others_see_a_choice_within_50_ms(tmp_path: Path) -> None:
+    """The best of some tries: how long a busy machine lets a process wait says nothing of ours."""
+    with Fleet(tmp_path, workers=1) as fleet:
+        start(fleet)
+        observer = Observer(fleet)
+        took = []
+        for number in range(20):
+            ask(fleet, prompt(number))
+            answered = time.monotonic()
+            while not observer.who_has(prompt(number)):
+                assert time.monotonic() < answered + 10
+            took.append(time.monotonic() - answered)
+        assert min(took) < SEEN_WITHIN_S, took
+
+
+def test_the_index_outlives_scheduler_and_frontends(tmp_path: Path) -> None:
+    with Fleet(tmp_path, workers=2) as fleet:
+        start(fleet)
+        observer = Observer(fleet)
+        for number in range(PROMPTS):
+            ask(fleet, prompt(number))
+            until(lambda n=number: observer.who_has(prompt(n)), "the prompt noted")
+        homes = [observer.who_has(prompt(number)) for number in range(PROMPTS)]
+        for name in ("scheduler", "frontend-0", "frontend-1"):
+            fleet.await_replaced(name, fleet.kill(name))
+            fleet.await_instances(INSTANCES)
+            assert [observer.who_has(prompt(number)) for number in range(PROMPTS)] == homes
+        until(lambda: _answers(fleet), "answers again")
+        for number in range(PROMPTS, 2 * PROMPTS):  # and it goes on learning
+            ask(fleet, prompt(number))
+            until(lambda n=number: observer.who_has(prompt(n)), "the prompt noted")
+        assert [observer.who_has(prompt(number)) for number in range(PROMPTS)] == homes
+
+
+def test_an_instance_that_is_removed_is_forgotten(tmp_path: Path) -> None:
+    with Fleet(tmp_path, workers=1) as fleet:
+        start(fleet)
+        observer = Observer(fleet)
+        slots = {row["url"]: row["slot"] for row in fleet.instances()}
+        leaver = next(engine for engine in fleet.engines.values() if engine.url.startswith(("tcp", "ipc")))
+        for number in range(40):
+            ask(fleet, prompt(number))
+            until(lambda n=number: observer.who_has(prompt(n)), "the prompt noted")
+        gone = slots[leaver.url]
+        assert any(gone in observer.who_has(prompt(number)) for number in range(40))
+        leaver.signal(15)  # it says goodbye
+        fleet.await_instances(INSTANCES - 1)
+        until(
+            lambda: not any(gone in observer.who_has(prompt(number)) for number in range(40)),
+            "the instance forgotten",
+        )
+        assert any(observer.who_has(prompt(number)) for number in range(40))
+
+
+def _answers(fleet: Fleet) -> bool:
+    try:
+        return fetch(fleet.url + "/health")[0] == 200
+    except OSError:
+        return False
