@@ -172,7 +172,8 @@ class Connection(HttpToolsProtocol):
             return
         if self._lean is not None and self._lean.takes(self.parser.get_method(), self.url):
             keep_alive = modern and self.parser.should_keep_alive() and not self._stopping
-            cycle = LeanCycle(self, self._lean, self.url, self.headers, keep_alive=keep_alive, modern=modern)
+            found, self.headers = self.headers, []  # the cycle lets go of them when it begins
+            cycle = LeanCycle(self, self._lean, self.url, found, keep_alive=keep_alive, modern=modern)
             self.cycle = _as_uvicorns(cycle)
             if self._running is None:
                 self._start_asgi_task(self.cycle, self.app)

@@ -47,13 +47,16 @@ class Lean:
         self._state = state
         self._defaults: Headers = []
         self._lines = b""
+        self._takes_any = inference.face.paths is None
 
     def takes(self, method: bytes, url: bytes) -> bool:
         """Whether a request may go the lean way: any `POST /v1/…` but one. What is not beyond doubt (an escaped path, a
         fragment) goes to starlette, which reads it alike."""
-        if method != b"POST" or not url.startswith(b"/v1/") or url.startswith(NOT_INFERENCE):
+        if method != b"POST" or not url.startswith(b"/v1/") or b"%" in url or b"#" in url:
             return False
-        return b"%" not in url and b"#" not in url and self.inference.serves(url.partition(b"?")[0].decode("latin-1"))
+        if url.startswith(NOT_INFERENCE):
+            return False
+        return self._takes_any or self.inference.serves(url.partition(b"?")[0].decode("latin-1"))
 
     def default_lines(self) -> bytes:
         """The headers that the server adds to every answer, as they are written. uvicorn makes them once a second."""

@@ -144,6 +144,7 @@ class HttpCall:
         self._connection = connection
 
     def start(self, status: int, headers: Headers) -> None:
+        self.head = self.body = b""  # the engine answers: they are not sent again, and a stream need not keep them
         if self._sink is not None:
             self._sink.start(status, headers)
 
