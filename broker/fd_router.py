@@ -6,12 +6,9 @@ that is no flag ends the flags.
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Sequence
-
-from broker import banner, cli, supervisor
-from broker.errors import PenstockError
-from broker.faces import FD_ROUTER
 
 USAGE = """\
 Usage of fd-router:
@@ -64,7 +61,12 @@ def parse(arguments: Sequence[str]) -> dict[str, str | bool]:
 
 
 def version() -> str:
-    lines = {"version": banner.version(), "commit": "unknown", "dirty": "false", "vcsTime": "unknown"}
+    lines = {
+        "version": importlib.metadata.version("penstock"),
+        "commit": "unknown",
+        "dirty": "false",
+        "vcsTime": "unknown",
+    }
     return "golang-router\n" + "".join(f"  {key}: {value}\n" for key, value in {**lines, "module": "penstock"}.items())
 
 
@@ -79,6 +81,15 @@ def main() -> None:
     if flags.get("version") or flags.get("V"):
         print(version(), end="")
         sys.exit(0)
+    sys.exit(serve(flags))
+
+
+def serve(flags: dict[str, str | bool]) -> int:
+    """Runs until told to stop; returns the exit code."""
+    from broker import cli, supervisor  # a second of imports, which help and version need not wait for
+    from broker.errors import PenstockError
+    from broker.faces import FD_ROUTER
+
     try:
         settings, doubts = cli.settle(
             FD_ROUTER,
@@ -86,11 +97,10 @@ def main() -> None:
             splitwise=bool(flags.get("splitwise")),
             config_path=str(flags.get("config_path") or ""),
         )
-        code = supervisor.serve(settings, doubts=doubts)
+        return supervisor.serve(settings, doubts=doubts)
     except PenstockError as e:
         print(FD_ROUTER.start_failure(e), file=sys.stderr)
-        code = 1
-    sys.exit(code)
+        return 1
 
 
 if __name__ == "__main__":
