@@ -181,6 +181,8 @@ class Connection(HttpToolsProtocol):
                 self.pipeline.appendleft((self.cycle, self.app))
         else:
             url, found = self.url, self.headers
+            if not httptools.parse_url(url).path:  # `http://host`: uvicorn would fail over it
+                raise self._refuse(Malformed("the target has no path"))
             super().on_message_begin()
             for name, value in found:
                 super().on_header(name, value)

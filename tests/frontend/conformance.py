@@ -116,6 +116,8 @@ ROWS = [
     good("an absolute target", b"POST http://y/v1/completions HTTP/1.1\r\n" + HOST + ID + JSON, b"{}"),
     good("an escaped path", b"POST /v1/%63ompletions HTTP/1.1\r\n" + HOST + ID + JSON, b"{}"),
     good("a query", b"POST /v1/completions?a=b%20c HTTP/1.1\r\n" + HOST + ID + JSON, b"{}"),
+    bad("an absolute target without a path", b"POST http://y HTTP/1.1\r\n" + HOST + JSON),
+    Row("a target that is only a star", b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", b"<404 ->"),
     bad("CONNECT", b"CONNECT a:1 HTTP/1.1\r\n" + HOST + b"\r\n"),
     bad("a method in lower case", b"post /v1/completions HTTP/1.1\r\n" + HOST + JSON),
     bad("an unknown method", b"SMUGGLE /v1/completions HTTP/1.1\r\n" + HOST + JSON),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pathlib
 import random
@@ -187,7 +188,7 @@ BATCH = 50
 
 
 @pytest.mark.parametrize("inputs", [2000, pytest.param(1_000_000, marks=pytest.mark.stress)])
-def test_no_input_crashes_or_stalls_the_lean_path(site: Site, inputs: int) -> None:
+def test_no_input_crashes_or_stalls_the_lean_path(site: Site, inputs: int, caplog: pytest.LogCaptureFixture) -> None:
     """Connections in batches, which share the turns that they are given. Each input is followed by a request that is
     good: it is answered, or the connection has been ended with a word, or waits for what the input announced."""
     rng = random.Random(5)
@@ -215,4 +216,6 @@ def test_no_input_crashes_or_stalls_the_lean_path(site: Site, inputs: int) -> No
             for wire, _ in wires:
                 wire.idle.close()
 
+    caplog.set_level(logging.ERROR)
     asyncio.run(run())
+    assert not caplog.records
