@@ -6,7 +6,7 @@ without it (`frontend.lean`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -16,6 +16,7 @@ from broker.counters import TotalColumn
 from broker.engines.pd import request_id
 from broker.errors import BadRequest, BodyTooLarge, PairsOnly
 from broker.faces import face_of
+from broker.policies import need_index
 from broker.splice import replace_member
 from broker.types import RouteRequest
 from frontend import body, headers
@@ -49,6 +50,7 @@ class Inference:
         """What one slow client may hold, in bytes."""
         self._aliases = config.models.aliases
         self._pairs = config.server.splitwise
+        self._looks = need_index(config)
         self._forwarder = forwarder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,12 +96,23 @@ class Inference:
                 model = meant
                 data = replace_member(data, "model", msgspec.json.encode(meant))
             text, tokens = read.text(self.face.estimate)
+            ids: Sequence[int] = ()
+            if (tools := read.tools_text()) and tokens:
+                tokens += self.face.estimate([tools], 0).tokens
+            if not self._looks:
+                text = ""  # not kept for nobody
+            elif text:
+                text = tools + text
+            else:
+                ids = read.token_ids()
             if self._stories is not None:
                 trace = _value(found, b"x_bd_logid").decode("latin-1")
                 tags = (("trace_id", trace), *read.tags(), ("request_id", name))
                 story = self._stories.begin("POST", path, client, tags)
                 story.parsed(stream=stream)
-            route = RouteRequest(model=model, session=read.session() or session, prompt=text, prompt_tokens=tokens)
+            route = RouteRequest(
+                model=model, session=read.session() or session, prompt=text, prompt_ids=ids, prompt_tokens=tokens
+            )
         else:
             route = RouteRequest(session=session)
         request = UpstreamRequest(

@@ -7,7 +7,8 @@ and ignored where it is not: whether a request makes sense is for the engine to 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -28,6 +29,8 @@ class Body(msgspec.Struct, gc=False):
     messages: Any = None
     prompt: Any = None
     input: Any = None
+    tools: msgspec.Raw = msgspec.Raw()
+    """As the client wrote them, which is the same for all of its requests."""
 
     def session(self) -> str | None:
         return str(self.session_id) if isinstance(self.session_id, str | int) and self.session_id != "" else None
@@ -37,6 +40,23 @@ class Body(msgspec.Struct, gc=False):
         texts: list[str] = []
         ids = _collect(self.messages, texts) + _collect(self.prompt, texts) + _collect(self.input, texts)
         return estimate(texts, ids)
+
+    def tools_text(self) -> str:
+        """What an engine puts in front of the prompt's text."""
+        tools = bytes(self.tools)
+        return "" if tools in (b"", b"null", b"[]") else tools.decode("utf-8", "replace")
+
+    def token_ids(self) -> Sequence[int]:
+        """Of a prompt or an input without text; those of several prompts one after another."""
+        ids = array("q")
+        for value in (self.prompt, self.input):
+            if isinstance(value, list) and value:
+                try:
+                    for part in value if isinstance(value[0], list) else [value]:
+                        ids.extend(part)
+                except (TypeError, OverflowError):  # no ids after all: the engine's business
+                    return ()
+        return ids
 
     def tags(self) -> tuple[tuple[str, str], ...]:
         """What others call the request, by the names that log lines have for it."""
@@ -50,6 +70,10 @@ class FreeBody(Body, gc=False):
     stream: Any = None
     req_id: Any = None
     extra_body: Any = None
+
+    def tools_text(self) -> str:
+        """FastDeploy's router schedules by messages and prompts alone."""
+        return ""
 
     def session(self) -> str | None:
         extra = self.extra_body if isinstance(self.extra_body, dict) else {}
@@ -86,7 +110,12 @@ def _members(data: bytes, kind: type[Body]) -> dict[str, Any]:
         raise BadRequest(complaint(data, "map[string]interface {}")) from e
     if not isinstance(tree, dict):
         raise BadRequest(complaint(data, "map[string]interface {}"))
-    return {name: tree.get(name) for name in kind.__struct_fields__}
+    return _fields(tree, kind)
+
+
+def _fields(tree: dict[str, Any], kind: type[Body]) -> dict[str, Any]:
+    fields = {name: tree.get(name) for name in kind.__struct_fields__}
+    return fields | {"tools": msgspec.Raw(json.dumps(tree.get("tools")).encode())}
 
 
 def _word(value: object) -> str:
@@ -115,7 +144,7 @@ def _parse_slowly(data: bytes, fast: Exception) -> Body:
     for name, kind, word in (("model", str, "string"), ("stream", bool, "boolean")):
         if not isinstance(tree.get(name), kind | None):
             raise BadRequest(f"{name!r} must be a {word}", param=name)
-    return Body(**{name: tree.get(name) for name in Body.__struct_fields__})
+    return Body(**_fields(tree, Body))
 
 
 def _no_constant(name: str) -> None:

@@ -25,8 +25,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, StrEnum
+
+import msgspec
 
 from broker.aborting import by_name
 from broker.batched import Lines
@@ -50,6 +52,7 @@ from frontend.dispatch import Chooser, Chosen
 from frontend.headers import are_of_events
 from frontend.pairings import Pairings
 from frontend.story import Story
+from frontend.tokenizer import Tokenizer
 from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
 from frontend.waiting import Place, Saturated
 
@@ -110,6 +113,7 @@ class Forwarder:
         self.policy = pairs if config.server.splitwise else scheduler.policy
         self.face = face_of(config)
         self.pairings = Pairings()
+        self.tokenizer = Tokenizer.wanted(config, http, loop)
         self.live: set[Forward] = set()
         self._http = http
         self._native = native
@@ -244,8 +248,28 @@ class Forward:
         self._shared.live.add(self)
         self._shared.counters.count(TotalColumn.STREAMS_OPENED)
         assert self._asked is not None
+        tokenizer, text = self._shared.tokenizer, self._asked[0].prompt
+        if tokenizer is None or not text:
+            self._choose()
+        elif (ids := tokenizer.known(text)) is not None:
+            self._tokenized(ids)
+        else:
+            self._state = State.WAITING
+            self._place = tokenizer.ask(text, self._tokenized)
+
+    def _tokenized(self, ids: Sequence[int]) -> None:
+        """The prompt's tokens; none if they are not known."""
+        assert self._asked is not None
+        route, request = self._asked
+        self._place = None
+        self._state = State.TRYING
+        self._asked = msgspec.structs.replace(route, prompt_ids=ids), request
+        self._choose()
+
+    def _choose(self) -> None:
+        assert self._asked is not None
         try:
-            choice = self._shared.dispatcher.choose(self._asked[0], (), self._began)
+            choice = self._shared.dispatcher.choose(self._asked[0], (), self._shared.clock())
         except Saturated as saturated:
             self._state = State.WAITING
             self._place = saturated.line.wait(self._asked[0], self._asked[1].headers, saturated.home, self)

@@ -39,6 +39,38 @@ def test_text_is_estimated_and_token_ids_are_counted(tree: Any, text: str, token
     assert read(tree).text() == (text, tokens)
 
 
+def test_tools_are_text_as_the_client_wrote_them() -> None:
+    tools = '[{"type":  "function", "function": {"name": "wetter", "description": "Wie wärmer?"}}]'
+    data = b'{"tools": ' + tools.encode() + b', "prompt": "x"}'
+    assert body.parse(data).tools_text() == tools
+    assert body.parse_freely(data).tools_text() == ""
+    assert body.parse(b'{"tools": null}').tools_text() == body.parse(b'{"tools": []}').tools_text() == ""
+    assert body.parse(b"{}").tools_text() == ""
+
+
+def test_tools_of_a_body_that_is_read_slowly_are_text_too() -> None:
+    read = body.parse(b'{"tools": [{"a": 1}], "prompt": "a\\ud83d"}')
+    assert read.tools_text() == '[{"a": 1}]'
+
+
+@pytest.mark.parametrize(
+    ("tree", "ids"),
+    [
+        ({}, []),
+        ({"prompt": [1, 2, 3]}, [1, 2, 3]),
+        ({"prompt": [[1, 2], [3]]}, [1, 2, 3]),
+        ({"input": [7, 8]}, [7, 8]),
+        ({"prompt": [1, "a"]}, []),
+        ({"prompt": [1.5]}, []),
+        ({"prompt": [2**70]}, []),
+        ({"prompt": [[1], None]}, []),
+        ({"prompt": "text"}, []),
+    ],
+)
+def test_token_ids_are_kept_if_that_is_what_they_are(tree: Any, ids: list[int]) -> None:
+    assert list(read(tree).token_ids()) == ids
+
+
 def test_a_cut_emoji_does_not_stop_a_request() -> None:
     read = body.parse(b'{"model": "m", "prompt": "a\\ud83d"}')
     assert read.model == "m"
@@ -57,11 +89,13 @@ json_values = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(("messages", "prompt", "input", "session_id", "content")), json_values))
+@given(st.dictionaries(st.sampled_from(("messages", "prompt", "input", "session_id", "content", "tools")), json_values))
 def test_any_shape_of_the_rest_is_tolerated(tree: dict[str, Any]) -> None:
     text, tokens = read(tree).text()
     assert isinstance(text, str)
     assert tokens >= 0
+    assert isinstance(read(tree).tools_text(), str)
+    assert all(isinstance(token, int) for token in read(tree).token_ids())
 
 
 @given(st.binary(max_size=64) | json_values.map(lambda value: json.dumps(value).encode()))
