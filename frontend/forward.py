@@ -111,6 +111,7 @@ class Forwarder:
         scheduler = config.scheduler
         pairs = f"{scheduler.prefill_policy},{scheduler.decode_policy}"
         self.policy = pairs if config.server.splitwise else scheduler.policy
+        self.pairs = config.server.splitwise
         self.face = face_of(config)
         self.pairings = Pairings()
         self.tokenizer = Tokenizer.wanted(config, http, loop)
@@ -457,8 +458,10 @@ class Forward:
 
     def _say(self, error: PenstockError) -> None:
         """Ends the request with an error that the client hears."""
+        if self._shared.pairs:
+            error.request_id = self._name
         if self._story is not None:
-            self._story.failed(error, paired=bool(self._name), began=self._state is State.FLOWING)
+            self._story.failed(error, paired=self._shared.pairs, began=self._state is State.FLOWING)
         if self._state is State.FLOWING:
             self._end(Outcome.BROKEN)
         else:

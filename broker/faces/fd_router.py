@@ -73,10 +73,15 @@ ERRORS: dict[type[PenstockError], tuple[int | None, str]] = {
     PenstockError: (None, "{}"),
 }
 """Status and text of a request's error. None = its own status."""
+PAIR_ERRORS: dict[type[PenstockError], tuple[int | None, str]] = {
+    NoInstance: (503, "No available prefill/decode workers"),
+}
+"""Where those of pairs differ."""
 
 
 def error(failure: PenstockError) -> Said:
-    status, text = ERRORS[_listed(failure, ERRORS)]
+    kind = _listed(failure, ERRORS)
+    status, text = ERRORS[kind] if failure.request_id is None else PAIR_ERRORS.get(kind, ERRORS[kind])
     body = b'{"error": ' + go.dumps(text.format(failure.message))
     if failure.request_id is not None:
         body += b', "request_id": ' + go.dumps(failure.request_id)

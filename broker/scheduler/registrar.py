@@ -14,7 +14,7 @@ import yaml
 
 from broker.config import Config
 from broker.errors import PenstockError, Unhealthy
-from broker.faces import Event, face_of
+from broker.faces import PENSTOCK, Event, face_of
 from broker.narrator import Narrator
 from broker.scheduler.collect import Collector
 from broker.scheduler.registration import Registration, parse, parse_body
@@ -122,7 +122,9 @@ class Registrar:
 
     async def configured(self, passed: Callable[[], None]) -> None:
         """register.yaml, for ever: a first pass over all entries, `passed()`, then again what is not registered."""
-        entries, unusable = read_entries(Path(self._path), self._splitwise) if self._path else ([], [])
+        entries, unusable = (
+            read_entries(Path(self._path), self._splitwise, self._face.reason) if self._path else ([], [])
+        )
         for entry in unusable:
             self._narrator.tell(Event.LISTED_UNUSABLE, index=entry.place, problem=entry.problem, where=entry.where)
         if self._path and not entries and not unusable:
@@ -160,8 +162,10 @@ class Unusable(NamedTuple):
     """Of an entry; -1 = it is the whole file."""
 
 
-def read_entries(path: Path, splitwise: bool) -> tuple[list[Registration], list[Unusable]]:
-    """The instances that a register.yaml lists, and what in it cannot be used."""
+def read_entries(
+    path: Path, splitwise: bool, reason: Callable[[PenstockError], str] = PENSTOCK.reason
+) -> tuple[list[Registration], list[Unusable]]:
+    """The instances that a register.yaml lists, and what in it cannot be used, in the words of `reason`."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
@@ -174,7 +178,7 @@ def read_entries(path: Path, splitwise: bool) -> tuple[list[Registration], list[
         try:
             entries.append(msgspec.structs.replace(parse(fields, splitwise), index=index))
         except PenstockError as e:
-            unusable.append(Unusable(f"{path}: instances[{index}]", e.message, index))
+            unusable.append(Unusable(f"{path}: instances[{index}]", reason(e), index))
     return entries, unusable
 
 

@@ -123,11 +123,11 @@ def test_what_is_registered_is_shown_with_nulls_for_what_was_not_sent(mixed: Rou
     answer = mixed.register(engine)
     assert answer.body == b'{"code":200,"msg":"Register success"}'
     assert mixed.numbers() == {"decode": 0, "mixed": 1, "prefill": 0}
-    entry = (
-        '{"url":"%s","worker_type":"mixed","connector_port":"","engine_worker_queue_port":"","transfer_protocol":null,'
-        '"rdma_ports":null,"device_ids":null,"metrics_port":"%d","tp_size":0}'
-    ) % (engine.url, engine.port)
-    expected = f'{{"code":200,"decode":[],"mixed":[{entry}],"msg":"success","prefill":[]}}'
+    fields = (
+        f'"url":"{engine.url}","worker_type":"mixed","connector_port":"","engine_worker_queue_port":"",'
+        f'"transfer_protocol":null,"rdma_ports":null,"device_ids":null,"metrics_port":"{engine.port}","tp_size":0'
+    )
+    expected = f'{{"code":200,"decode":[],"mixed":[{{{fields}}}],"msg":"success","prefill":[]}}'
     assert mixed.get("/registered").body.decode() == expected
 
 
