@@ -96,6 +96,8 @@ class Scheduler(Section, frozen=True, forbid_unknown_fields=True):
     """Longest wait for room, then 503; FastDeploy's `scheduler-ttl`."""
     queue_aging_secs: NotNegative = 10.0
     """A waiting request is passed only by those of the next higher priority that came less than this after it."""
+    rescues_per_sec: NotNegative = 4.0
+    """Requests without a first byte that a frontend moves from a full engine to an idle one; 0 = none."""
     fairness_header: str = "authorization"
     """Requests with the same value of this header share their turns; empty = all do."""
     prefill_tokens_per_sec: Positive = 5000.0

@@ -64,6 +64,7 @@ class CounterColumn(IntEnum):
     RETRIED = 23  # failed before the first byte and were sent again
     BROKEN = 24  # ended by an engine's failure after the first byte
     GONE = 25  # ended because the client left
+    RESCUED = 26  # taken back before the first byte and sent to an idle instance
 
 
 class TotalColumn(IntEnum):

@@ -147,6 +147,13 @@ class Admission:
         choice.lease.on_close = self._closed
         return choice
 
+    def claim(self, slot: int, generation: int, tokens: int) -> Choice | None:
+        """That very instance; None: it has changed."""
+        choice = self._dispatcher.claim(slot, generation, tokens, time.monotonic())
+        if choice is not None:
+            choice.lease.on_close = self._closed
+        return choice
+
     def _fits(self, slot: int) -> bool:
         """Whether the lease just taken there is within its room, and overtakes nobody in line."""
         if self._saturation.room(slot) < 0:
@@ -254,7 +261,7 @@ class Admission:
             self._withdraw(grant.number)
             return
         tokens = waiting.route.prompt_tokens
-        choice = self._dispatcher.claim(grant.slot, grant.generation, tokens, time.monotonic())
+        choice = self.claim(grant.slot, grant.generation, tokens)
         if choice is None:
             self._returned.append(grant.number)
         else:
@@ -283,7 +290,6 @@ class Admission:
 
     def _admit(self, waiting: Waiting, choice: Choice, home: int) -> None:
         self._forget(waiting)
-        choice.lease.on_close = self._closed
         waited_s = (time.monotonic_ns() - waiting.since_ns) / 1e9
         self._counters.observe(Histogram.QUEUE_WAIT, waited_s)
         waiting.waiter.granted(choice, waited_s, self._url(home, choice))

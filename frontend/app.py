@@ -40,6 +40,7 @@ from frontend.metrics import Metrics
 from frontend.notices import Notices
 from frontend.outside import Outside, Told
 from frontend.pair import Pairer
+from frontend.rescue import Rescuer
 from frontend.server import KEEP_ALIVE_S, Server, quiet_uvicorn
 from frontend.sessions import by_role
 from frontend.story import Stories
@@ -123,6 +124,8 @@ async def serve(
         chooser = Pairer.over(table, dispatcher, loop, pairs) if config.server.splitwise else admission
         forwarder = Forwarder(config, chooser, counters, http, native, loop)
         control.end_requests = forwarder.end_requests
+        if config.scheduler.rescues_per_sec and not config.server.splitwise:
+            stack.callback(Rescuer(config.scheduler, table, admission, forwarder, loop).close)
         admin = Admin(run_dir, config, table, control, Metrics(table, segment, forwarder.pairings))
         face = face_of(config)
         stories = Stories.of(face, table.counters)

@@ -47,6 +47,7 @@ from broker.errors import (
     UpstreamTimeout,
 )
 from broker.faces import face_of
+from broker.lease import Lease
 from broker.types import Instance, RouteRequest
 from frontend.dispatch import Chooser, Chosen
 from frontend.headers import are_of_events
@@ -313,6 +314,25 @@ class Forward:
         self._waited = waited_s
         if home != choice.instance.url:
             self._stolen_from = home
+        self._open(choice)
+
+    @property
+    def pending(self) -> tuple[Lease, float, RouteRequest] | None:
+        """Lease, time of sending and what decided the choice, while the first attempt has no first byte."""
+        if self._state is not State.TRYING or self._attempts != 1 or self._choice is None or self._asked is None:
+            return None
+        return self._choice.lease, self._began + (self._waited or 0.0), self._asked[0]
+
+    def rescue(self, choice: Chosen) -> None:
+        """Takes a `pending` request back from its instance and sends it to a better one, whose lease it gets."""
+        last, call = self._choice, self._call
+        assert last is not None
+        self._call = None
+        self._stolen_from = last.where
+        last.lease.count(CounterColumn.RESCUED)
+        last.lease.close()
+        if call is not None:
+            call.cancel()
         self._open(choice)
 
     def refused(self, error: PenstockError) -> None:

@@ -45,6 +45,7 @@ _OUTCOMES = (
     ("retried", "Requests that failed before the first byte and were sent elsewhere", CounterColumn.RETRIED),
     ("broken", "Answers cut off by a failure after the first byte", CounterColumn.BROKEN),
     ("gone", "Requests whose client left", CounterColumn.GONE),
+    ("rescued", "Requests taken back before the first byte, for an idle instance", CounterColumn.RESCUED),
     ("abandoned", "Requests in flight when their frontend died", CounterColumn.ABANDONED),
 )
 _CLASSES = (

@@ -46,6 +46,8 @@ class Dialect(Protocol):
     kind: EngineKind
     join_paths: tuple[str, ...]
     """Asked, beside `MODELS_PATH`, when an instance of this kind joins."""
+    stops_on_hang_up: bool
+    """It ends a request whose connection is closed, also one that waits."""
 
     def recognises(self, evidence: Evidence) -> bool:
         """The answers bear this engine's mark: the owner of its models, the prefix of its metrics."""

@@ -9,6 +9,7 @@ from broker.types import EngineKind, LoadReport, Trust
 class FastDeploy:
     kind = EngineKind.FASTDEPLOY
     join_paths: tuple[str, ...] = ()
+    stops_on_hang_up = False  # only with FD_ENABLE_REQUEST_DISCONNECT_STOP_INFERENCE=1
 
     def recognises(self, evidence: Evidence) -> bool:
         return "fastdeploy" in evidence.owners() or evidence.has_metric(b"fastdeploy:")

@@ -10,6 +10,7 @@ from broker.types import EngineKind, LoadReport
 class Native:
     kind = EngineKind.NATIVE
     join_paths: tuple[str, ...] = ()
+    stops_on_hang_up = True
 
     def recognises(self, evidence: Evidence) -> bool:
         return False  # it speaks no HTTP

@@ -9,6 +9,7 @@ from broker.types import EngineKind, LoadReport
 class OpenAI:
     kind = EngineKind.OPENAI
     join_paths: tuple[str, ...] = ()
+    stops_on_hang_up = False  # nobody knows
 
     def recognises(self, evidence: Evidence) -> bool:
         return MODELS_PATH in evidence.answers

@@ -29,6 +29,7 @@ _WAITING = (
 class SGLang:
     kind = EngineKind.SGLANG
     join_paths: tuple[str, ...] = SERVER_INFO_PATHS
+    stops_on_hang_up = True
 
     def recognises(self, evidence: Evidence) -> bool:
         return "sglang" in evidence.owners() or evidence.has_metric(b"sglang:")

@@ -9,6 +9,7 @@ from broker.types import EngineKind, LoadReport, Trust
 class VLLM:
     kind = EngineKind.VLLM
     join_paths: tuple[str, ...] = ()
+    stops_on_hang_up = True
 
     def recognises(self, evidence: Evidence) -> bool:
         return "vllm" in evidence.owners() or evidence.has_metric(b"vllm:")

@@ -38,6 +38,11 @@ def start(fleet: Fleet, engines: int, capacity: int, transport: str = "zmq", *fl
     fleet.await_instances(engines)
 
 
+def start_unknown(fleet: Fleet, name: str, capacity: int) -> None:
+    """An HTTP engine that Penstock is not told the capacity of."""
+    fleet.register(fleet.engine(name, "--transport", "http", "--capacity", str(capacity), "--router", ""))
+
+
 async def ended(exchanges: Sequence[Exchange], within: float = 30.0) -> None:
     await asyncio.wait_for(asyncio.gather(*(exchange.ended for exchange in exchanges)), within)
 
@@ -252,7 +257,7 @@ def test_a_full_queue_answers_429_and_a_passed_deadline_503(tmp_path: Path) -> N
 def test_an_http_engine_of_unknown_capacity_is_full_when_it_says_so(tmp_path: Path) -> None:
     """Its own queue is seen in two reports running; from then on requests wait here, where they can be moved."""
     with Fleet(tmp_path, workers=1, config={"manager": {"metrics-interval-secs": 0.1}}) as fleet:
-        start(fleet, 1, 2, "http")
+        start_unknown(fleet, "e0", 2)
 
         async def run() -> None:
             with Client(fleet.port) as client:
@@ -272,4 +277,32 @@ def test_an_http_engine_of_unknown_capacity_is_full_when_it_says_so(tmp_path: Pa
                 assert "x-penstock-queue-ms" in late[-1].headers
 
         asyncio.run(run())
+        fleet.await_idle()
+
+
+def test_requests_stuck_in_a_loaded_engine_are_taken_back_for_an_idle_one(tmp_path: Path) -> None:
+    """Its capacity is not known, so they were sent; now they wait inside it, and another engine joins."""
+    settings = {"manager": {"metrics-interval-secs": 0.1}, "scheduler": {"rescues-per-sec": 20}}
+    with Fleet(tmp_path, workers=2, config=settings) as fleet:
+        start_unknown(fleet, "e0", 1)
+
+        async def run() -> list[Exchange]:
+            with Client(fleet.port) as client:
+                (held,) = await hold(client)
+                inside = [await client.send(PATH, chat(f"inside {k}", max_tokens=3)) for k in range(3)]
+                await eventually(
+                    lambda: len(fleet.engines["e0"].ledger()["requests"]) == 4,
+                    lambda: f"all sent: {fleet.engines['e0'].ledger()} {fleet.get('/queue')} {fleet.instances()}",
+                )
+                start_unknown(fleet, "late", 1)
+                await ended(inside)
+                held.leave()
+                return inside
+
+        inside = asyncio.run(run())
+        assert all(exchange.whole for exchange in inside)
+        assert [exchange.fingerprint() for exchange in inside] == ["late"] * 3
+        assert gauge(fleet, "penstock_instance_rescued_requests_total") == 3
+        assert len(fleet.engines["late"].ledger()["requests"]) == 3
+        fleet.engines["e0"].await_idle()
         fleet.await_idle()

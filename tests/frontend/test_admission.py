@@ -68,7 +68,9 @@ class Line:
     """An `Admission` over two instances that take two requests each; the test plays the scheduler."""
 
     def __init__(self, path: Path, **keys: Any) -> None:
-        self.frontend = Frontend(path, A, B, scheduler=Scheduler(instance_capacity=2, **keys))
+        self.frontend = Frontend(
+            path, A, B, scheduler=Scheduler(**{"policy": "request_num", "instance_capacity": 2, **keys})
+        )
         self.turns = Turns(self.frontend)
         self.sent: list[wire.Tickets] = []
         self.connected = True
