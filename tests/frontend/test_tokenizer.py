@@ -1,4 +1,4 @@
-"""FastDeploy's tokenizer service: what it is asked, what becomes of its answer, and that it is never waited for long."""
+"""FastDeploy's tokenizer service: what it is asked, what becomes of its answer, and how long it is waited for."""
 
 from __future__ import annotations
 

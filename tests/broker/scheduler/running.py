@@ -22,6 +22,8 @@ from broker import config, wire
 from broker.config import Config
 from broker.counters import create_counters
 from broker.errors import PenstockError
+from broker.policies import need_index
+from broker.prefix import create_prefix, run_layout
 from broker.table import create_table
 from broker.types import Instance, Role
 from broker.view import TableReader
@@ -52,6 +54,8 @@ class RunningScheduler:
         self.settings = settings
         create_table(run_dir, settings)
         self._counters = create_counters(run_dir, settings)
+        if need_index(settings):
+            create_prefix(run_dir, run_layout(settings))
         (run_dir / "config.json").write_bytes(config.dump(settings))
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.reader = TableReader.attach(run_dir, settings)
