@@ -89,6 +89,7 @@ class TotalColumn(IntEnum):
     SESSION_CHOICES = 16  # by a policy that looks prompts up, for a session
     SESSION_REPEATS = 17  # of those: where the session's last one was
     NOTICES_LOST = 18  # for the prefix index; the scheduler did not take them in time
+    FRAMES_DROPPED = 19  # of native engines: malformed, or of another life
 
 
 class Histogram(IntEnum):

@@ -30,6 +30,7 @@ from broker.config import Config
 from broker.counters import Roster, create_counters
 from broker.errors import PenstockError
 from broker.faces import Event, face_of
+from broker.keepalive import keep_alive
 from broker.narrator import Narrator
 from broker.prefix import create_prefix, run_layout
 from broker.table import create_table
@@ -43,13 +44,6 @@ START_WITHIN_S = 60.0
 STOP_REST_S = 2.0
 """What engines and scheduler get to stop, after the frontends have drained."""
 TURN_S = 1.0
-KEEPALIVE = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-)
-"""A client that does not answer for two minutes is gone; the system's own default is more than two hours."""
 
 
 class StartError(PenstockError):
@@ -313,8 +307,7 @@ def listening_socket(settings: Config) -> socket.socket:
     # REUSEADDR, not REUSEPORT: a restart need not wait for old connections, a second Penstock must fail.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Inherited by every connection: one whose client vanished without a word ends, and with it its request.
-    for level, option, value in KEEPALIVE:
-        sock.setsockopt(level, option, value)
+    keep_alive(sock)
     try:
         sock.bind(address)
     except OSError as e:

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -19,7 +20,7 @@ from starlette.routing import Route
 
 from broker import batched
 from broker.config import Config
-from broker.counters import FrontendCounters, attach_counters
+from broker.counters import FrontendCounters, TotalColumn, attach_counters
 from broker.engines.pd import pairings
 from broker.errors import PenstockError
 from broker.faces import face_of
@@ -100,7 +101,9 @@ async def serve(
         counters = FrontendCounters(segment, index)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(context.term)
-        http, native = HttpUpstream(config), ZmqUpstream(context, config)
+        http = HttpUpstream(config)
+        dropped = partial(counters.count, TotalColumn.FRAMES_DROPPED)
+        native = ZmqUpstream(context, config, on_drop=dropped)
         stack.callback(native.close)
         stack.callback(http.close)
 
@@ -115,20 +118,21 @@ async def serve(
         prefixes = PrefixIndex.of_run(run_dir, config, index) if need_index(config) else None
         if prefixes is not None:
             stack.callback(Notices(prefixes, counters, control.note, loop).close)
-        dispatcher = Dispatcher(table, counters, make_policies(config, index, prefixes), breaker)
+        face = face_of(config)
+        stories = Stories.of(face, table)
+        policies = make_policies(config, index, prefixes, stories.weighed if stories is not None else None)
+        dispatcher = Dispatcher(table, counters, policies, breaker)
         dispatcher.sessions = by_role(config.scheduler, counters)
         admission = Admission(config, table, dispatcher, counters, life, loop, control.offer)
         stack.callback(admission.close)
         control.on_grants = admission.hear
-        pairs = pairings(any_tp=not face_of(config).compares_sizes)
+        pairs = pairings(any_tp=not face.compares_sizes)
         chooser = Pairer.over(table, dispatcher, loop, pairs) if config.server.splitwise else admission
         forwarder = Forwarder(config, chooser, counters, http, native, loop)
         control.end_requests = forwarder.end_requests
         if config.scheduler.rescues_per_sec and not config.server.splitwise:
             stack.callback(Rescuer(config.scheduler, table, admission, forwarder, loop).close)
         admin = Admin(run_dir, config, table, control, Metrics(table, segment, forwarder.pairings))
-        face = face_of(config)
-        stories = Stories.of(face, table.counters)
         inference = Inference(config, forwarder, stories)
         drain_s = config.server.drain_secs
 

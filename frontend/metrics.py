@@ -62,6 +62,7 @@ _REFUSALS = (
     ("queue_full", "Requests refused because too many stood in line", TotalColumn.QUEUE_FULL),
     ("queue_timeout", "Requests whose time was over before there was room", TotalColumn.QUEUE_TIMEOUT),
 )
+
 _QUEUE = (
     ("queue_tickets", "Requests in line that prefer the instance", GaugeMetricFamily, "tickets"),
     ("queue_tokens", "Prompt tokens of those requests", GaugeMetricFamily, "tokens"),
@@ -194,6 +195,11 @@ class Metrics:
             yield CounterMetricFamily(f"penstock_{name}_requests", text, value=totals[column])
         for name, text, column in _SESSIONS:
             yield CounterMetricFamily(name, text, value=totals[column])
+        yield CounterMetricFamily(
+            "penstock_engine_frames_dropped",
+            "Messages of native engines that were not used: malformed, or of another life",
+            value=totals[TotalColumn.FRAMES_DROPPED],
+        )
         yield CounterMetricFamily(
             "penstock_prefix_notices_lost",
             "Prompts that other frontends were not told of, because the scheduler took no more",
