@@ -6,6 +6,7 @@ The parse at the edge is msgspec's because of these numbers: of a body it builds
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,10 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from broker import wire
-from broker.types import RouteRequest
+from broker.config import Scheduler
+from broker.counters import FrontendCounters, attach_counters
+from broker.prefix import PrefixIndex, PrefixWriter, create_prefix, run_layout
+from broker.types import Role, RouteRequest
 from frontend import body
 from frontend.breaker import Breaker
 from frontend.dispatch import Dispatcher, make_policies
@@ -108,6 +112,38 @@ def fleet(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
 def test_choose_and_close(benchmark: BenchmarkFixture, fleet: Fleet) -> None:
     """View, policy (request_num), lease, and the lease's end; 4 live frontends."""
     benchmark(lambda: fleet.dispatcher.choose(REQUEST, (), 0.0).lease.close())
+
+
+@pytest.mark.benchmark(group="dispatch")
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+@pytest.mark.parametrize("fleet", [8, 64, 1024], indirect=True)
+def test_choose_by_prompt_and_close(benchmark: BenchmarkFixture, fleet: Fleet, known: bool) -> None:
+    """The same by `prefix_cost`, for a prompt of 32 KiB in 64-character blocks; `known`: somebody has had it."""
+    config = msgspec.structs.replace(fleet.run.config, scheduler=Scheduler())
+    create_prefix(fleet.run.path, run_layout(config))
+    slots: list[int] = fleet.run.reader.view(Role.MIXED, "tiny").slots.tolist()
+    writer = PrefixWriter.attach(fleet.run.path, run_layout(config), dict.fromkeys(slots, 1))
+    index = PrefixIndex.of_run(fleet.run.path, config, 0)
+    dispatcher = Dispatcher(
+        fleet.run.reader,
+        FrontendCounters(attach_counters(fleet.run.path, config), 0),
+        make_policies(config, 0, index),
+        Breaker(3, 5.0),
+    )
+    numbers = itertools.count()
+    text = "the quick brown fox jumps over the lazy dog " * 745
+
+    def life() -> None:
+        prompt = text if known else f"{next(numbers)} {text}"
+        request = RouteRequest(model="tiny", prompt_tokens=8192, prompt=prompt)
+        dispatcher.choose(request, (), 0.0).lease.close()
+
+    def deliver() -> None:
+        while notices := index.batch():
+            writer.apply(notices)
+
+    life()
+    benchmark.pedantic(life, setup=deliver, rounds=1000)
 
 
 @pytest.mark.benchmark(group="forward")

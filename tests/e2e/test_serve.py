@@ -43,7 +43,7 @@ def test_the_curl_of_the_banner_works(fleet: Fleet, tmp_path: Path) -> None:
 
 def test_the_banner_says_that_the_engines_are_simulated(fleet: Fleet) -> None:
     assert "3 simulated ones" in fleet.supervisor.output
-    assert "policy         request_num" in fleet.supervisor.output
+    assert "policy         prefix_cost" in fleet.supervisor.output
 
 
 @pytest.mark.parametrize("stream", [False, True])
