@@ -150,8 +150,13 @@ class Supervisor:
         """Simulated engines take turns in how they are reached, so that both transports are seen at work.
 
         Those over ZMQ name no models and so answer for every name; those over HTTP give `/v1/models` one to list.
+        Where pairs are served, they take turns in their roles instead, and are all of one kind.
         """
-        kind = ["--transport", "http", "--model", "simulated"] if number % 2 else ["--transport", "zmq"]
+        if self._config.server.splitwise:
+            role = "decode" if number % 2 else "prefill"
+            kind = ["--transport", "http", "--model", "simulated", "--role", role]
+        else:
+            kind = ["--transport", "http", "--model", "simulated"] if number % 2 else ["--transport", "zmq"]
 
         def command(_life: int, _ready_fd: int) -> Sequence[str]:
             who = ["--name", f"sim-{number}", *kind, "--router", banner.url(self._config)]

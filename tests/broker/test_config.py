@@ -63,7 +63,8 @@ def test_fastdeploys_example_loads_unchanged(tmp_path: Path) -> None:
 
 def test_later_sources_win(tmp_path: Path) -> None:
     text = "server: {port: 1000, workers: 3, host: 127.0.0.1}"
-    env = {"PENSTOCK_SERVER_PORT": "2000", "PENSTOCK_SERVER_WORKERS": "4", "PENSTOCK_MANAGER_METRICS_INTERVAL_SECS": "0.5"}
+    env = {"PENSTOCK_SERVER_PORT": "2000", "PENSTOCK_SERVER_WORKERS": "4"}
+    env["PENSTOCK_MANAGER_METRICS_INTERVAL_SECS"] = "0.5"
     loaded = load(tmp_path, text, env, {("server", "port"): 3000, ("server", "host"): None})
     assert (loaded.server.port, loaded.server.workers, loaded.server.host) == (3000, 4, "127.0.0.1")
     assert loaded.manager.metrics_interval_secs == 0.5
