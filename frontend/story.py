@@ -8,13 +8,14 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable
 
-from broker.counters import CountersReader
 from broker.errors import NoInstance, PenstockError, UpstreamError
 from broker.faces import Event, Face
 from broker.faces.go import duration
 from broker.lease import Lease
 from broker.narrator import Narrator, printable
+from broker.policies.base import Vector, Weighing
 from broker.types import Role
+from broker.view import TableReader
 from frontend.dispatch import Choice
 
 _CHOSEN = {Role.MIXED: Event.CHOSEN_MIXED, Role.PREFILL: Event.CHOSEN_PREFILL, Role.DECODE: Event.CHOSEN_DECODE}
@@ -23,14 +24,34 @@ _CHOSEN = {Role.MIXED: Event.CHOSEN_MIXED, Role.PREFILL: Event.CHOSEN_PREFILL, R
 class Stories:
     """What all stories of a frontend share."""
 
-    def __init__(self, face: Face, counters: CountersReader) -> None:
+    def __init__(self, face: Face, table: TableReader) -> None:
         self.narrator = Narrator(face, "frontend")
-        self.counters = counters
+        self.counters = table.counters
+        self._table = table
+        self._weighings: list[Weighing] = []  # since the last choice was told
 
     @classmethod
-    def of(cls, face: Face, counters: CountersReader) -> Stories | None:
+    def of(cls, face: Face, table: TableReader) -> Stories | None:
         """None for a face that has nothing to tell before a request's end."""
-        return cls(face, counters) if Event.PARSED in face.lines else None
+        return cls(face, table) if Event.PARSED in face.lines else None
+
+    def weighed(self, weighing: Weighing) -> None:
+        """For the policies. Nothing else happens between a choice and its being told, so that it needs no name."""
+        del self._weighings[:-1]
+        self._weighings.append(weighing)
+
+    def take_weighings(self) -> list[Weighing]:
+        found, self._weighings = self._weighings, []
+        return found
+
+    def listed(self, slots: Vector, values: Vector) -> str:
+        """As Go prints a map of URLs."""
+        urls = [self.url(slot) for slot in slots.tolist()]
+        found = sorted(zip(urls, values.tolist(), strict=True))
+        return f"map[{' '.join(f'{url}:{value}' for url, value in found)}]"
+
+    def url(self, slot: int) -> str:
+        return self._table.instance(slot).url
 
     def begin(self, method: str, path: str, client: str, tags: Iterable[tuple[str, str]] = ()) -> Story:
         """`tags`: name and value of what the request is called by others; empty values are left out."""
@@ -42,9 +63,21 @@ class Stories:
 class Story:
     """Of one request; told by whoever moves it."""
 
-    __slots__ = ("_client", "_context", "_counters", "_held", "_method", "_narrator", "_path", "_stream", "_tokens")
+    __slots__ = (
+        "_client",
+        "_context",
+        "_counters",
+        "_held",
+        "_method",
+        "_narrator",
+        "_path",
+        "_stories",
+        "_stream",
+        "_tokens",
+    )
 
     def __init__(self, stories: Stories, method: str, path: str, client: str, context: str) -> None:
+        self._stories = stories
         self._narrator = stories.narrator
         self._counters = stories.counters
         self._method = method
@@ -64,6 +97,8 @@ class Story:
         self._tokens = {leg.lease.slot: leg.lease.tokens for leg in legs}
         for leg in legs:
             self._follow(leg.lease)
+        for weighing in self._stories.take_weighings():
+            self._weighed(weighing)
         paired = len(legs) > 1
         if paired:
             self._tell(Event.CHOOSING_PREFILL, now=_now())
@@ -90,6 +125,18 @@ class Story:
     def attempt_failed(self, attempt: int, attempts: int, where: str, error: str) -> None:
         self._tell(Event.ATTEMPT_FAILED, attempt=attempt, attempts=attempts, error=error)
         self._tell(Event.BACKEND_FAILED, url=where, error=error)
+
+    def _weighed(self, weighing: Weighing) -> None:
+        stories, now = self._stories, _now()
+        if not self._narrator.tells(Event.WEIGHED):
+            return
+        loads = stories.listed(weighing.slots, weighing.loads)
+        if weighing.hits is None:
+            self._tell(Event.NOT_WEIGHED, reason=weighing.reason, loads=loads, now=now)
+            return
+        met = weighing.hits > 0
+        hits = stories.listed(weighing.slots[met], weighing.hits[met])
+        self._tell(Event.WEIGHED, url=stories.url(weighing.slot), loads=loads, hits=hits, now=now)
 
     def _follow(self, lease: Lease) -> None:
         earlier = lease.on_close

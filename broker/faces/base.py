@@ -33,6 +33,8 @@ class Event(Enum):
     CHOSEN_MIXED = auto()  # url, count, tokens
     CHOSEN_PREFILL = auto()  # url, count, tokens
     CHOSEN_DECODE = auto()  # url, count, tokens
+    WEIGHED = auto()  # url, loads, hits, now
+    NOT_WEIGHED = auto()  # reason, loads, now
     NOT_CHOSEN = auto()  # error
     ATTEMPT_FAILED = auto()  # attempt, attempts, url, error
     BACKEND_FAILED = auto()  # url, error

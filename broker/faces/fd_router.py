@@ -157,6 +157,16 @@ LINES = {
     Event.CHOSEN_MIXED: Line(_INFO, "%(context)sselect worker (mixed): %(url)s, count: %(count)d"),
     Event.CHOSEN_PREFILL: Line(_INFO, "%(context)sselect worker (prefill): %(url)s, tokens: %(tokens)d"),
     Event.CHOSEN_DECODE: Line(_INFO, "%(context)sselect worker (decode): %(url)s, count: %(count)d"),
+    Event.WEIGHED: Line(
+        _INFO,
+        "%(context)scache-aware prefill: final strategy: cache_aware_scoring, selected=%(url)s, loads=%(loads)s, "
+        "hitRatios=%(hits)s. ts_ms=%(now)s",
+    ),
+    Event.NOT_WEIGHED: Line(
+        _INFO,
+        "%(context)scache-aware prefill: final strategy: process_tokens, reason: %(reason)s, loads=%(loads)s. "
+        "ts_ms=%(now)s",
+    ),
     Event.NOT_CHOSEN: Line(_ERROR, "%(context)sFailed to select %(what)s: %(error)s"),
     Event.ATTEMPT_FAILED: Line(_ERROR, "%(context)sRequest failed (attempt %(attempt)d/%(attempts)d): %(error)s"),
     Event.BACKEND_FAILED: Line(_ERROR, "%(context)sBackend request failed for %(url)s: %(error)s"),

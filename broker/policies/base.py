@@ -7,8 +7,9 @@ on it raises a counter that every frontend reads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -18,6 +19,19 @@ from broker.config import Scheduler
 from broker.types import RouteRequest
 
 Vector = NDArray[np.int64]
+
+
+class Weighing(NamedTuple):
+    """How a prefix policy came to its choice; for faces that log it."""
+
+    slots: Vector
+    """The candidates."""
+    loads: Vector
+    hits: Vector | None
+    """Percentages of the prompt; None = they were not weighed, and `reason` says why."""
+    slot: int
+    """The choice."""
+    reason: str = ""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,10 +45,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """As a part of the largest load."""
     hit_ratio_weight: float = 1.0
     load_balance_weight: float = 1.0
+    on_weighed: Callable[[Weighing], None] | None = None
+    """No setting: who hears of each weighing of prefixes against load."""
 
     @classmethod
-    def of(cls, settings: Scheduler) -> Options:
-        return cls(**{name: getattr(settings, name) for name in cls.__struct_fields__})
+    def of(cls, settings: Scheduler, on_weighed: Callable[[Weighing], None] | None = None) -> Options:
+        names = [name for name in cls.__struct_fields__ if name != "on_weighed"]
+        return cls(**{name: getattr(settings, name) for name in names}, on_weighed=on_weighed)
 
 
 class Loads(Protocol):

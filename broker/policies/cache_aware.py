@@ -6,7 +6,7 @@ from random import Random
 
 import numpy as np
 
-from broker.policies.base import Loads, Options, Vector, least
+from broker.policies.base import Loads, Options, Vector, Weighing, least
 from broker.prefix import PrefixIndex
 from broker.types import RouteRequest
 
@@ -38,7 +38,11 @@ class CacheAware:
         apart = most - int(loads.min())
         uneven = apart > options.balance_abs_threshold and apart > options.balance_rel_threshold * most
         if uneven or not (request.prompt or request.prompt_ids):
-            return int(view.slots[least(view.tokens, self._rng)])
+            slot = int(view.slots[least(view.tokens, self._rng)])
+            if options.on_weighed is not None:
+                reason = "load imbalanced" if uneven else "tokenize failed: empty prompt"
+                options.on_weighed(Weighing(view.slots, loads, None, slot, reason))
+            return slot
         match = self._index.match(request)
         hits = match.depths[view.slots] * 100 // max(len(match.keys), 1)
         scores = (100 - hits) / 100 * options.hit_ratio_weight
@@ -47,4 +51,6 @@ class CacheAware:
         best = np.flatnonzero(scores == scores.min())
         slot = int(view.slots[best[least(view.tokens[best], self._rng)]])
         self._index.note(match, slot)
+        if options.on_weighed is not None:
+            options.on_weighed(Weighing(view.slots, loads, hits, slot))
         return slot
