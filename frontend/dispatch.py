@@ -134,6 +134,7 @@ class Dispatcher:
         lease = take(self._table, self._counters, slot, generation, tokens) if instance is not None else None
         if instance is None or lease is None:
             return None
+        lease.counts_prompt = self._policies[instance.role].counts_prompts
         self.breaker.tries(slot, now)
         return Choice(instance, lease)
 

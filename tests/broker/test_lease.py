@@ -155,3 +155,17 @@ def test_the_order_of_stores_is_that_of_the_argument(
     events.clear()
     assert take(run.reader, row, 1, 1, 5) is None
     assert (events[:4], events[-1]) == (["STARTED", "TOKENS_STARTED", "fence", "look"], "FINISHED")
+
+
+def test_an_answer_releases_the_tokens_of_a_lease_that_counts_its_prompt(run: Run) -> None:
+    counters = run.frontend(0)
+    slot = run.admit("http://a:1")
+    for counts_prompt, left in ((True, 0), (False, 7)):
+        lease = take(run.reader, counters, slot, 1, 7)
+        assert lease is not None
+        lease.counts_prompt = counts_prompt
+        lease.answered()
+        lease.answered()
+        assert run.reader.counters.in_flight(slot) == (1, left)
+        lease.close()
+        assert run.reader.counters.in_flight(slot) == (0, 0)

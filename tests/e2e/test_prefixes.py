@@ -59,6 +59,9 @@ class Observer:
         depths = self.index.match(RouteRequest(model="m", prompt=text)).depths
         return {slot: depth for slot, depth in enumerate(depths.tolist()) if depth}
 
+    def await_noted(self, text: str) -> None:
+        until(lambda: self.who_has(text), "the prompt noted")
+
 
 def test_a_prompt_goes_back_to_the_instance_that_had_it_through_either_frontend(tmp_path: Path) -> None:
     with Fleet(tmp_path, workers=2) as fleet:
@@ -66,7 +69,7 @@ def test_a_prompt_goes_back_to_the_instance_that_had_it_through_either_frontend(
         observer = Observer(fleet)
         for number in range(PROMPTS):
             ask(fleet, prompt(number))
-            until(lambda n=number: observer.who_has(prompt(n)), "the prompt noted")
+            observer.await_noted(prompt(number))
         homes = [observer.who_has(prompt(number)) for number in range(PROMPTS)]
         assert all(len(home) == 1 for home in homes), homes
         assert len({slot for home in homes for slot in home}) > 1, homes
@@ -98,7 +101,7 @@ def test_the_index_outlives_scheduler_and_frontends(tmp_path: Path) -> None:
         observer = Observer(fleet)
         for number in range(PROMPTS):
             ask(fleet, prompt(number))
-            until(lambda n=number: observer.who_has(prompt(n)), "the prompt noted")
+            observer.await_noted(prompt(number))
         homes = [observer.who_has(prompt(number)) for number in range(PROMPTS)]
         for name in ("scheduler", "frontend-0", "frontend-1"):
             fleet.await_replaced(name, fleet.kill(name))
@@ -107,7 +110,7 @@ def test_the_index_outlives_scheduler_and_frontends(tmp_path: Path) -> None:
         until(lambda: _answers(fleet), "answers again")
         for number in range(PROMPTS, 2 * PROMPTS):  # and it goes on learning
             ask(fleet, prompt(number))
-            until(lambda n=number: observer.who_has(prompt(n)), "the prompt noted")
+            observer.await_noted(prompt(number))
         assert [observer.who_has(prompt(number)) for number in range(PROMPTS)] == homes
 
 
@@ -119,7 +122,7 @@ def test_an_instance_that_is_removed_is_forgotten(tmp_path: Path) -> None:
         leaver = next(engine for engine in fleet.engines.values() if engine.url.startswith(("tcp", "ipc")))
         for number in range(40):
             ask(fleet, prompt(number))
-            until(lambda n=number: observer.who_has(prompt(n)), "the prompt noted")
+            observer.await_noted(prompt(number))
         gone = slots[leaver.url]
         assert any(gone in observer.who_has(prompt(number)) for number in range(40))
         leaver.signal(15)  # it says goodbye
