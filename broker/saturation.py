@@ -5,7 +5,8 @@ that grants.
 
     limit      the capacity it registered or reported (a native engine's credit), else `scheduler.instance-capacity`.
                Nothing known: none, until its reports show that it is full. Then, and for HTTP engines whose KV cache is
-               full whatever their capacity, 1: an instance with nothing to do is never full
+               full whatever their capacity, the requests that it runs, so that each that ends makes room for one; at
+               least 1, as an instance with nothing to do is never full
     others     HTTP engines: what they report beyond what this host had sent them then
     in flight  from all frontends of this host, live
     reserved   granted to waiting requests that have not taken their lease yet
@@ -56,7 +57,9 @@ class Saturation:
                 others = max(0, running + waiting - row[Column.IN_FLIGHT_THEN])
             full = row[Column.KV_PERMILLE] >= FULL_KV_PERMILLE
             if full or (not limit and row[Column.WAITED] >= FULL_REPORTS):
-                limit = 1
+                # As many as it runs: with fewer it would idle until its next report.
+                runs = running if running >= 0 else row[Column.IN_FLIGHT_THEN]
+                limit = max(1, min(runs, limit or runs))
         if not limit:
             return UNLIMITED
         return limit - others - self._taken(slot)

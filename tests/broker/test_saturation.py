@@ -101,6 +101,21 @@ def test_requests_that_wait_in_two_reports_running_show_that_it_is_full(unknown:
     assert unknown.room == UNLIMITED
 
 
+def test_a_full_engine_is_kept_as_full_as_it_is(tmp_path: Path) -> None:
+    """Without this it would idle until its next report, and then fill up again, too far."""
+    it = Instance(tmp_path)
+    counters = it.run.frontend(1)
+    leases = [take(it.run.reader, counters, it.slot, 1) for _ in range(25)]
+    for _ in range(2):
+        it.says(20, 5)
+    assert it.room == -5
+    for lease in leases[:6]:
+        assert lease is not None
+        lease.close()
+    assert it.room == it.opening == 1
+    it.run.__exit__()
+
+
 def test_a_full_kv_cache_shows_it_at_once_whatever_the_capacity(tmp_path: Path) -> None:
     it = Instance(tmp_path, capacity=100)
     it.sent(2)
