@@ -143,7 +143,7 @@ def _mixed(words: Words, before: Words, after: Words) -> Words:
     The weights alone would not do: a multiplication carries upwards only, so of differences in the highest bytes of
     two words only their lowest bits would be told apart. Hence the fold in between.
 
-    Measured for 512 blocks of 64 bytes: 10 us; one xxh3 per block, from Python, 80.
+    Measured for 512 blocks of 64 bytes: 10 us; one xxh3 per block, from Python, 16 to 25.
     """
     width = words.shape[1]
     if width > len(before):  # blocks longer than 4 KiB: in pieces
