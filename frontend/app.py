@@ -33,7 +33,7 @@ from frontend.admission import Admission
 from frontend.api import Inference
 from frontend.breaker import Breaker
 from frontend.control import Control
-from frontend.dispatch import Dispatcher, make_policies
+from frontend.dispatch import Chooser, Dispatcher, make_policies
 from frontend.errors import Stopping
 from frontend.fastdeploy import FastDeployRoutes
 from frontend.forward import Forwarder
@@ -127,10 +127,11 @@ async def serve(
         stack.callback(admission.close)
         control.on_grants = admission.hear
         pairs = pairings(any_tp=not face.compares_sizes)
-        chooser = Pairer.over(table, dispatcher, loop, pairs) if config.server.splitwise else admission
+        line = admission if face.queues else dispatcher
+        chooser: Chooser = Pairer.over(table, dispatcher, loop, pairs) if config.server.splitwise else line
         forwarder = Forwarder(config, chooser, counters, http, native, loop)
         control.end_requests = forwarder.end_requests
-        if config.scheduler.rescues_per_sec and not config.server.splitwise:
+        if config.scheduler.rescues_per_sec and face.queues and not config.server.splitwise:
             stack.callback(Rescuer(config.scheduler, table, admission, forwarder, loop).close)
         admin = Admin(run_dir, config, table, control, Metrics(table, segment, forwarder.pairings))
         inference = Inference(config, forwarder, stories)

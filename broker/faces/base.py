@@ -151,6 +151,8 @@ class Face:
     """A pair must go together in tensor-parallel size; else any prefill and decode of one connector make one."""
     names_requests: bool
     """Every request has an `X-Request-Id`, towards the engine and the client."""
+    queues: bool
+    """Requests wait here for room when every candidate is saturated; else they wait inside the engines."""
     counts_unanswered: bool
     """A request that no engine answered counts among those of the instance it was sent to."""
 

@@ -230,6 +230,7 @@ FD_ROUTER = Face(
     estimate=estimate,
     retries_answers=False,
     names_requests=False,
+    queues=False,
     counts_unanswered=False,
     error=error,
     panic=Said(500, JSON, b'{"code":500,"msg":"Internal server error"}'),

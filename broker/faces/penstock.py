@@ -84,6 +84,7 @@ PENSTOCK = Face(
     estimate=estimate,
     retries_answers=True,
     names_requests=True,
+    queues=True,
     counts_unanswered=True,
     error=error,
     panic=error(PenstockError("internal error")),
