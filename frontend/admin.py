@@ -48,7 +48,11 @@ class Admin:
 
     async def register(self, request: Request) -> Response:
         """200 means that every frontend sees the instance; the fields are the scheduler's to check."""
-        reply = await self._control.register(await body(request))
+        try:
+            reply = await self._control.register(await body(request))
+        except PenstockError as error:
+            said = self._face.refused(error)
+            return Response(said.body, said.status, {"content-type": said.kind, **_retry_after(error)})
         return passed_on(reply, self._face)
 
     async def drain(self, request: Request) -> Response:
@@ -144,6 +148,10 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 def error_response(error: PenstockError, face: Face) -> Response:
     status, data, found = errors.whole(error, face)
     return Response(data, status, {name.decode(): value.decode() for name, value in found})
+
+
+def _retry_after(error: PenstockError) -> dict[str, str]:
+    return {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
 
 
 def passed_on(reply: wire.Reply, face: Face) -> Response:

@@ -32,6 +32,9 @@ CALL_SLACK_S = 5.0
 """A registration takes at most one health check and this; then the scheduler is busy beyond reason."""
 ENDED_AT_ONCE = 100
 """Requests named in one message: with ids of the most that are taken, it fits a control message."""
+CONNECT_S = 1.0
+"""Within the 2 s in which a call is answered while the scheduler is away."""
+CONNECT_LOOK_S = 0.02
 _MARK = 1000
 _NOBLOCK = int(zmq.NOBLOCK)  # pyzmq's enum arithmetic costs more than the call
 _POLLIN = int(zmq.POLLIN)
@@ -114,7 +117,7 @@ class Control:
 
     async def _call(self, message: Callable[[int], wire.FrontendToScheduler]) -> wire.Reply:
         number = next(self._numbers)
-        if not self._table.alive(time.monotonic_ns()) or not self._send(message(number)):
+        if not await self._sent(message(number)):
             raise _away()
         answer: asyncio.Future[wire.Reply] = self._loop.create_future()
         self._pending[number] = _Pending(answer, self._table.epoch)
@@ -125,6 +128,18 @@ class Control:
             raise SchedulerAway(f"the scheduler gave no answer within {self._limit_s:g} s") from e
         finally:
             self._pending.pop(number, None)
+
+    async def _sent(self, message: wire.FrontendToScheduler) -> bool:
+        """False when there is no scheduler. One that lives and is not connected yet, as right after its start or ours,
+        is waited for."""
+        deadline = self._loop.time() + CONNECT_S
+        while self._table.alive(time.monotonic_ns()):
+            if self._send(message):
+                return True
+            if self._loop.time() > deadline:
+                break
+            await asyncio.sleep(CONNECT_LOOK_S)
+        return False
 
     def _send(self, message: wire.FrontendToScheduler) -> bool:
         """False when the scheduler is not connected, or takes no more."""

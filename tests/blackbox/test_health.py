@@ -7,6 +7,8 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
 from tests.blackbox import engine as scripts
 from tests.blackbox.router import Router, chat
 from tests.blackbox.test_mixed import read_until
@@ -49,7 +51,7 @@ def latency_while_two_hundred_engines_register(router: Router) -> None:
 
     def median() -> float:
         times = []
-        for _ in range(60):
+        for _ in range(40):
             began = time.perf_counter()
             assert router.chat().status == 200
             times.append(time.perf_counter() - began)
@@ -115,3 +117,24 @@ def test_failing_requests_do_not_take_an_instance_out(mixed: Router) -> None:
     before = engine.probes()
     until(lambda: engine.probes() > before, "the next health check")
     assert mixed.numbers()["mixed"] == 1
+
+
+def test_an_engine_that_beats_outlives_the_scheduler_and_the_router(tmp_path: Path) -> None:
+    """The payload of a FastDeploy engine, nulls and extra keys included, every so often for ever."""
+    fields = {"connector_port": None, "rdma_ports": None, "is_paused": False, "version": None, "metrics_port": None}
+    with Router(tmp_path) as router:
+        engine = router.engine(**fields)
+        for child in psutil.Process(router.process.pid).children():
+            if "broker.scheduler" in child.cmdline():
+                child.kill()
+        assert router.chat().status == 200
+        assert router.numbers()["mixed"] == 1
+        until(lambda: router.register(engine).status == 200, "the next scheduler to hear it")
+        assert router.numbers()["mixed"] == 1
+        port, registration = router.port, engine.registration
+        router.engines.clear()
+    with Router(tmp_path, f"--port={port}", port=port) as router:
+        assert router.numbers()["mixed"] == 0
+        assert router.post("/register", registration).status == 200
+        assert router.chat().json()["from"] == engine.port
+    engine.close()
