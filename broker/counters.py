@@ -191,6 +191,10 @@ class FrontendCounters(CounterRow):
     def count(self, column: TotalColumn, amount: int = 1) -> None:
         self.totals[column] += amount
 
+    def close(self) -> None:
+        super().close()
+        self.totals.release()
+
     def observe(self, histogram: Histogram, seconds: float) -> None:
         first = _FIRST[histogram]
         self.totals[first + bisect_left(BOUNDS_S, seconds)] += 1

@@ -37,6 +37,10 @@ class CounterRow:
         value: int = self.cells[column * self.width + index]
         return value
 
+    def close(self) -> None:
+        """Let go of the row. Idempotent."""
+        self.cells.release()
+
 
 def settle(row: NDArray[np.int64], started: int, finished: int, abandoned: int) -> int:
     """End what a dead owner had in flight, in its row (columns, width); returns how much that was.

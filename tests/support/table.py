@@ -10,6 +10,7 @@ from broker.counters import FrontendCounters, Roster, attach_counters, create_co
 from broker.table import State, TableWriter, create_table
 from broker.types import Instance, Role
 from broker.view import TableReader
+from shm.segment import Segment
 
 
 class Clock:
@@ -42,6 +43,7 @@ class Run:
         self.clock = Clock()
         create_table(path, self.config)
         self._counters = create_counters(path, self.config)
+        self._frontends: list[tuple[Segment, FrontendCounters]] = []
         self.roster = Roster(self._counters)
         self.writer = TableWriter.attach(path, self.config)
         self.survivors = self.writer.take_over()
@@ -53,7 +55,10 @@ class Run:
     def frontend(self, row: int) -> FrontendCounters:
         """Row `row`'s next frontend."""
         self.roster.enter(row)
-        return FrontendCounters(attach_counters(self.path, self.config), row)
+        segment = attach_counters(self.path, self.config)
+        counters = FrontendCounters(segment, row)
+        self._frontends.append((segment, counters))
+        return counters
 
     def succeed(self) -> list[tuple[int, Instance, State]]:
         """A new scheduler takes over."""
@@ -67,6 +72,9 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for segment, counters in self._frontends:
+            counters.close()
+            segment.close()
         self.reader.close()
         self.writer.close()
         self._counters.close()
