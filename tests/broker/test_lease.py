@@ -141,6 +141,9 @@ def test_the_order_of_stores_is_that_of_the_argument(
             events.append(C(index // row.width).name)
             cells[index] = value
 
+        def release(self) -> None:
+            cells.release()
+
     row.cells = Recorded()  # type: ignore[assignment]  # as far as take uses it
     is_open = run.reader.is_open
     monkeypatch.setattr(lease_module.fence, "full", lambda: events.append("fence"))
