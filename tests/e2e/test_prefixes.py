@@ -108,9 +108,7 @@ def test_the_index_outlives_scheduler_and_frontends(tmp_path: Path) -> None:
             fleet.await_instances(INSTANCES)
             assert [observer.who_has(prompt(number)) for number in range(PROMPTS)] == homes
         until(lambda: _answers(fleet), "answers again")
-        for number in range(
-            PROMPTS, 2 * PROMPTS
-        ):  # and it goes on learning; a notice may be lost, then the next counts
+        for number in range(PROMPTS, 2 * PROMPTS):  # it goes on learning; a lost notice is followed by others
 
             def noted(number: int = number) -> bool:
                 ask(fleet, prompt(number))
