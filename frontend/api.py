@@ -16,12 +16,13 @@ from broker.counters import TotalColumn
 from broker.engines.pd import request_id
 from broker.errors import BadRequest, BodyTooLarge, PairsOnly
 from broker.faces import face_of
+from broker.narrator import printable
 from broker.policies import need_index
 from broker.splice import replace_member
 from broker.types import RouteRequest
 from frontend import body, headers
 from frontend.answer import Answer, send_error
-from frontend.forward import Forward, Forwarder, access, count_response, printable
+from frontend.forward import Forward, Forwarder, access, count_response
 from frontend.story import Stories, Story
 from frontend.upstream.base import Headers, Sink, UpstreamRequest
 

@@ -48,6 +48,7 @@ from broker.errors import (
 )
 from broker.faces import face_of
 from broker.lease import Lease
+from broker.narrator import printable
 from broker.types import Instance, RouteRequest
 from frontend.dispatch import Chooser, Chosen
 from frontend.headers import are_of_events
@@ -66,7 +67,6 @@ QUEUE_MS = b"x-penstock-queue-ms"
 """Tells a client whose request waited for room how long it did."""
 
 _USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})')
-_UNPRINTABLE = re.compile(r"[^!-~]")
 _USAGE_WITHIN = 2048
 """The usage is looked for in that many of the last bytes, of the last two chunks."""
 
@@ -558,8 +558,3 @@ _CLASSES = (
 def count_response(counters: FrontendCounters, status: int) -> None:
     """Counts an answer to an inference request by its class; one that its client left before is a 499."""
     counters.count(_CLASSES[min(max(status // 100, 2), 5) - 2])
-
-
-def printable(text: str) -> str:
-    """Text from outside in a form that cannot forge a log line."""
-    return _UNPRINTABLE.sub("?", text[:128])
