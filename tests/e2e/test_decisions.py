@@ -16,6 +16,10 @@ from tests.support.processes import Fleet
 INSTANCES, HELD = 8, 128
 BURST = 32
 """Requests that come at once; the first ones are answered before the next ones come."""
+ATTEMPTS = 3
+"""Until requests came through both frontends alike: on a machine that is busy, the kernel may let one run alone."""
+SHARE = 0.4
+"""Of the requests, at least, through each frontend."""
 LEVEL = 1.5
 """Times the mean, at most, at the worst instance."""
 FRONTENDS = "frontend-0", "frontend-1"
@@ -32,7 +36,16 @@ def start(fleet: Fleet) -> None:
 
 
 def hold(fleet: Fleet) -> list[int]:
-    """What each instance holds when `HELD` requests are held open; checked to have come through both frontends."""
+    """What each instance holds when `HELD` requests are held open that came through both frontends."""
+    for _ in range(ATTEMPTS):
+        held, shares = hold_once(fleet)
+        if shares.min() >= SHARE:
+            return held
+    raise AssertionError(f"one frontend took too few in {ATTEMPTS} attempts; the last shares: {shares}")
+
+
+def hold_once(fleet: Fleet) -> tuple[list[int], np.ndarray]:
+    """The same, however they came, and each frontend's share."""
 
     async def burst(client: Client, numbers: range) -> None:
         frontends = [fleet.process(name) for name in FRONTENDS]
@@ -54,9 +67,8 @@ def hold(fleet: Fleet) -> list[int]:
     held = asyncio.run(run())
     assert sum(held) == HELD
     shares = (taken(fleet) - before) / HELD
-    assert shares.min() >= 0.4, shares
     fleet.await_idle()
-    return held
+    return held, shares
 
 
 def taken(fleet: Fleet) -> np.ndarray:

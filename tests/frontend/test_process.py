@@ -276,12 +276,13 @@ def test_the_end_of_the_supervisor_is_a_graceful_stop(tmp_path: Path) -> None:
     in_house(tmp_path, test)
 
 
-def test_a_burst_of_connections_is_shared_evenly(tmp_path: Path) -> None:
+def test_bursts_of_connections_are_shared_evenly(tmp_path: Path) -> None:
     async def test(house: House) -> None:
         for _ in range(2):
             await house.frontend()
-        count = 60
-        await house.stream(count)
+        bursts, count = 5, 60
+        for _ in range(bursts):  # where the kernel let one frontend run alone, the next bursts make up for it
+            await house.stream(count // bursts)
         shares = house.connections()
         assert sum(shares) == count
         # The margin is 2 and an eighth of one's own; twice that is left for what was taken while the other was busy.
