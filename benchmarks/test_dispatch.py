@@ -26,7 +26,7 @@ from broker.types import Role, RouteRequest
 from frontend import body
 from frontend.breaker import Breaker
 from frontend.dispatch import Dispatcher, make_policies
-from frontend.forward import Forwarder
+from frontend.forwarder import Forwarder
 from frontend.upstream.base import Headers, Sink, UpstreamRequest
 from tests.support.table import Run
 

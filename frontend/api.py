@@ -21,8 +21,10 @@ from broker.policies import need_index
 from broker.splice import replace_member
 from broker.types import RouteRequest
 from frontend import body, headers
+from frontend.account import access, count_response
 from frontend.answer import Answer, send_error
-from frontend.forward import Forward, Forwarder, access, count_response
+from frontend.forward import Forward
+from frontend.forwarder import Forwarder
 from frontend.story import Stories, Story
 from frontend.upstream.base import Headers, Sink, UpstreamRequest
 

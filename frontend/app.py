@@ -36,7 +36,7 @@ from frontend.control import Control
 from frontend.dispatch import Chooser, Dispatcher, make_policies
 from frontend.errors import Stopping
 from frontend.fastdeploy import FastDeployRoutes
-from frontend.forward import Forwarder
+from frontend.forwarder import Forwarder
 from frontend.metrics import Metrics
 from frontend.notices import Notices
 from frontend.outside import Outside, Told

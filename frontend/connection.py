@@ -33,9 +33,9 @@ from uvicorn.server import ServerState
 from broker.counters import FrontendCounters, TotalColumn
 from broker.errors import PenstockError
 from broker.faces import PENSTOCK
+from frontend.account import count_response
 from frontend.answer import PAUSE_AT, whole_error
 from frontend.errors import HeadTooLarge, Malformed
-from frontend.forward import count_response
 from frontend.idle import IdleConnections
 from frontend.lean import Lean, LeanCycle
 

@@ -23,20 +23,15 @@ Nothing here awaits, and nothing is made per chunk: any server that can call fou
 from __future__ import annotations
 
 import asyncio
-import re
-import time
-from collections.abc import Callable, Sequence
-from enum import Enum, StrEnum
+from collections.abc import Sequence
+from enum import Enum
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from broker.aborting import by_name
-from broker.batched import Lines
-from broker.config import Config
-from broker.counters import CounterColumn, FrontendCounters, Histogram, TotalColumn
+from broker.counters import CounterColumn, Histogram, TotalColumn
 from broker.counters import outcome as status_column
 from broker.errors import (
-    Aborted,
     ClientTooSlow,
     EngineSaturated,
     ModelNotFound,
@@ -46,19 +41,17 @@ from broker.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from broker.faces import face_of
 from broker.lease import Lease
-from broker.narrator import printable
-from broker.types import Instance, RouteRequest
-from frontend.dispatch import Chooser, Chosen
+from broker.types import RouteRequest
+from frontend.account import Outcome, access, count_response, log_end
+from frontend.dispatch import Chosen
 from frontend.headers import are_of_events
-from frontend.pairings import Pairings
 from frontend.story import Story
-from frontend.tokenizer import Tokenizer
-from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
+from frontend.upstream.base import Call, Headers, Sink, UpstreamRequest
 from frontend.waiting import Place, Saturated
 
-access = Lines("penstock.access")
+if TYPE_CHECKING:
+    from frontend.forwarder import Forwarder
 
 FAILED_STATUSES = frozenset((502, 503, 504))
 """Answers that count as failures of the instance."""
@@ -66,87 +59,14 @@ FAILED_STATUSES = frozenset((502, 503, 504))
 QUEUE_MS = b"x-penstock-queue-ms"
 """Tells a client whose request waited for room how long it did."""
 
-_USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})')
-_USAGE_WITHIN = 2048
-"""The usage is looked for in that many of the last bytes, of the last two chunks."""
-
 
 class State(Enum):
     NEW = 0
-    TRYING = 1
-    FLOWING = 2
-    ENDED = 3
-    WAITING = 4
-
-
-class Outcome(StrEnum):
-    """How a request ended, as its log line says it."""
-
-    DONE = "done"  # the instance's answer, whatever its status, is whole
-    FAILED = "failed"  # an error of ours instead of an answer
-    BROKEN = "broken"  # the answer had begun, and was cut off with an explicit error
-    GONE = "gone"  # the client left
-
-
-class Forwarder:
-    """What all requests of a frontend share. Owns the set of requests under way."""
-
-    def __init__(
-        self,
-        config: Config,
-        dispatcher: Chooser,
-        counters: FrontendCounters,
-        http: Upstream,
-        native: Upstream,
-        loop: asyncio.AbstractEventLoop,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`clock` in seconds; not the loop's, which uvloop keeps in whole milliseconds."""
-        self.dispatcher = dispatcher
-        self.counters = counters
-        self.loop = loop
-        self.clock = clock
-        self.attempts = config.upstream.attempts
-        self.first_byte_s = config.timeouts.first_byte_secs
-        self.idle_s = config.timeouts.idle_secs
-        scheduler = config.scheduler
-        pairs = f"{scheduler.prefill_policy},{scheduler.decode_policy}"
-        self.policy = pairs if config.server.splitwise else scheduler.policy
-        self.pairs = config.server.splitwise
-        self.face = face_of(config)
-        self.pairings = Pairings()
-        self.tokenizer = Tokenizer.wanted(config, http, loop)
-        self.live: set[Forward] = set()
-        self._http = http
-        self._native = native
-
-    def forward(
-        self, ident: bytes, route: RouteRequest, request: UpstreamRequest, sink: Sink, story: Story | None = None
-    ) -> Forward:
-        """A request that has not begun; nothing is held until `begin`."""
-        return Forward(self, ident, route, request, sink, story)
-
-    def upstream(self, instance: Instance) -> Upstream:
-        return self._native if instance.is_native else self._http
-
-    def end_requests(self, asked: list[str] | None) -> list[tuple[str, int]]:
-        """Ends those under way that somebody asked to abort (None: all), each with an explicit error.
-
-        Returns the ids as they were asked for, or the requests' own, and the tokens that their clients had got.
-        """
-        names = None if asked is None else by_name(asked)
-        ended = []
-        for forward in list(self.live):
-            ident = forward.ident if names is None else next((names[n] for n in forward.names if n in names), None)
-            if ident is not None:
-                ended.append((ident, forward.tokens_so_far))
-                forward.abort(Aborted("the request was aborted"))
-        return ended
-
-    def end_all(self, error: PenstockError) -> None:
-        """Ends every request under way, each with an explicit error."""
-        for forward in list(self.live):
-            forward.abort(error)
+    TOKENIZING = 1  # the tokenizer service has been asked what the prompt's tokens are
+    QUEUED = 2  # there is no room anywhere: it stands in line
+    TRYING = 3  # at an instance, and nothing of an answer is with the client
+    FLOWING = 4
+    ENDED = 5
 
 
 class Forward:
@@ -209,7 +129,7 @@ class Forward:
         self._tried: list[int] = []
         self._attempts = 0
         self._paused = False
-        self._place: Place | None = None  # in line, while there is no room anywhere
+        self._place: Place | None = None  # while TOKENIZING or QUEUED: what is given up when the request ends
         self._waited: float | None = None  # how long it stood there
         self._stolen_from = "-"
         self._began = self._touched = 0.0
@@ -256,7 +176,7 @@ class Forward:
         elif (ids := tokenizer.known(text)) is not None:
             self._tokenized(ids)
         else:
-            self._state = State.WAITING
+            self._state = State.TOKENIZING
             self._place = tokenizer.ask(text, self._tokenized)
 
     def _tokenized(self, ids: Sequence[int]) -> None:
@@ -273,7 +193,7 @@ class Forward:
         try:
             choice = self._shared.dispatcher.choose(self._asked[0], (), self._shared.clock())
         except Saturated as saturated:
-            self._state = State.WAITING
+            self._state = State.QUEUED
             self._place = saturated.line.wait(self._asked[0], self._asked[1].headers, saturated.home, self)
         except PenstockError as error:
             self.refused(error)
@@ -291,7 +211,7 @@ class Forward:
 
     def abort(self, error: PenstockError) -> None:
         """Ends the request with an error that the client hears, whatever the instance does."""
-        if self._state in (State.WAITING, State.TRYING, State.FLOWING):
+        if self._state not in (State.NEW, State.ENDED):
             self._say(error)
 
     def pause(self) -> None:
@@ -516,45 +436,19 @@ class Forward:
         if self._story is not None:
             self._story.ended(self._status, duration, completed=self._first_byte is not None)
         elif access.is_on:
-            self._log(outcome, duration)
-
-    def _log(self, outcome: Outcome, duration: float) -> None:
-        access.info(
-            "id=%s path=%s model=%s instance=%s policy=%s attempts=%d status=%d queue_ms=%s stolen_from=%s ttft_ms=%s "
-            "duration_ms=%.1f bytes=%d tokens=%s outcome=%s",
-            self._ident.decode("ascii"),
-            printable(self._path.partition("?")[0]),
-            printable(self._model or "-"),
-            self._choice.where if self._choice else "-",
-            self._shared.policy,
-            self._attempts,
-            self._status,
-            "-" if self._waited is None else f"{self._waited * 1e3:.1f}",
-            self._stolen_from,
-            "-" if self._first_byte is None else f"{self._first_byte * 1e3:.1f}",
-            duration * 1e3,
-            self._bytes,
-            self._tokens(),
-            outcome,
-        )
-
-    def _tokens(self) -> str:
-        """Completion tokens, where the engine said them at the end of its answer."""
-        for chunk in (self._last, self._tail):
-            if found := _USAGE.findall(chunk[-_USAGE_WITHIN:]):
-                last: bytes = found[-1]
-                return last.decode()
-        return "-"
-
-
-_CLASSES = (
-    TotalColumn.RESPONSES_2XX,
-    TotalColumn.RESPONSES_3XX,
-    TotalColumn.RESPONSES_4XX,
-    TotalColumn.RESPONSES_5XX,
-)
-
-
-def count_response(counters: FrontendCounters, status: int) -> None:
-    """Counts an answer to an inference request by its class; one that its client left before is a 499."""
-    counters.count(_CLASSES[min(max(status // 100, 2), 5) - 2])
+            log_end(
+                ident=self._ident,
+                path=self._path,
+                model=self._model,
+                instance=choice.where if choice is not None else "-",
+                policy=shared.policy,
+                attempts=self._attempts,
+                status=self._status,
+                queued_s=self._waited,
+                stolen_from=self._stolen_from,
+                first_byte_s=self._first_byte,
+                duration_s=duration,
+                size=self._bytes,
+                end=(self._last, self._tail),
+                outcome=outcome,
+            )

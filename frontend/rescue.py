@@ -28,7 +28,8 @@ from broker.types import RouteRequest, Trust
 from broker.view import TableReader
 from frontend.admission import Admission
 from frontend.dispatch import Choice
-from frontend.forward import Forward, Forwarder
+from frontend.forward import Forward
+from frontend.forwarder import Forwarder
 
 LOOK_S = 0.25
 

@@ -22,7 +22,8 @@ from broker.errors import PenstockError, UpstreamBroken, UpstreamTimeout
 from broker.types import Connector, EngineKind, FastDeployFields, PairFields, Role, RouteRequest
 from frontend.breaker import Breaker
 from frontend.dispatch import Dispatcher, make_policies
-from frontend.forward import Forward, Forwarder
+from frontend.forward import Forward
+from frontend.forwarder import Forwarder
 from frontend.pair import Pairer
 from frontend.upstream.base import UpstreamRequest
 from frontend.upstream.http import HttpUpstream

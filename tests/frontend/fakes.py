@@ -15,7 +15,8 @@ from broker.errors import PenstockError
 from broker.types import EngineKind, Instance, Role, RouteRequest
 from frontend.breaker import Breaker
 from frontend.dispatch import Dispatcher, make_policies
-from frontend.forward import Forward, Forwarder
+from frontend.forward import Forward
+from frontend.forwarder import Forwarder
 from frontend.upstream.base import Headers, Sink, UpstreamRequest
 from tests.support.table import Run
 

@@ -12,7 +12,8 @@ from broker.config import Server
 from broker.counters import CounterColumn
 from broker.engines.pd import PAIRINGS
 from broker.types import EngineKind, FastDeployFields, Instance, Role, RouteRequest
-from frontend.forward import Forward, Forwarder
+from frontend.forward import Forward
+from frontend.forwarder import Forwarder
 from frontend.pair import Pairer
 from frontend.partners import Partners
 from frontend.upstream.base import Sink, UpstreamRequest
