@@ -14,14 +14,18 @@ it could be taken) or offered again (to the next scheduler) stands where it stoo
 **Priorities.** The head of a lane counts as younger by `aging_ns` for each step below the highest priority, and the
 oldest head is served. So a low ticket can be passed only by those that came less than that time after it.
 
+**Cost** is what an instance has to compute: the tokens of the prompt that it has not cached. In line a ticket counts
+by its cost at home, which is what it takes away from the others there.
+
 **Fairness** is a deficit round robin. In its turn a line is credited the quantum, and serves while its credit pays for
 its head. The quantum is the greatest cost that has waited in the lane since it was last empty: then a turn serves at
 least one ticket, and a grant takes the same time whatever waits. Two lines that both wait all the time differ by at
 most three quanta in tokens served.
 
 **Stealing.** An instance with room takes its own tickets first, else from the home with the most waiting tokens:
-never a ticket whose uncached tokens take it longer than the ticket can expect to wait where it is, and among those next
-in line the one with the least of its prompt cached at home. It is charged to the line it is taken from.
+never a ticket that costs it more time than the ticket can expect to wait where it is, and among those next in line the
+one that loses least: whose prompt is cached least at home, as far as the thief has not cached it as well. It is charged
+to the line it is taken from.
 """
 
 from __future__ import annotations
@@ -57,8 +61,8 @@ class Ticket(NamedTuple):
     pool: Pool
     home: int
     """The slot that the policy preferred."""
-    cost: int
-    """Prompt tokens, at least 1."""
+    prompt: int
+    """Tokens, at least 1."""
     priority: int
     """0 is the highest."""
     key: str
@@ -69,8 +73,9 @@ class Ticket(NamedTuple):
     cached: Mapping[int, int] = {}
     """Tokens of the prompt that instances have cached, by slot; where nothing is known, nothing is."""
 
-    def uncached(self, slot: int) -> int:
-        return max(0, self.cost - self.cached.get(slot, 0))
+    def cost_at(self, slot: int) -> int:
+        """Tokens that the instance in `slot` would have to compute, at least 1."""
+        return max(1, self.prompt - self.cached[slot]) if slot in self.cached else self.prompt
 
 
 class Grant(NamedTuple):
@@ -85,14 +90,19 @@ class Grant(NamedTuple):
 class _Place:
     """A ticket in a line, or what is left of it there after it was withdrawn or granted."""
 
-    __slots__ = ("home", "lane", "line", "ticket", "waits")
+    __slots__ = ("cost", "home", "lane", "line", "ticket", "waits")
 
     def __init__(self, ticket: Ticket, home: Home, lane: Lane, line: Line) -> None:
         self.ticket = ticket
+        self.cost = ticket.cost_at(home.slot)
         self.home = home
         self.lane = lane
         self.line = line
         self.waits = True
+
+    def lost_at(self, slot: int) -> int:
+        """Tokens that are cached at home and would have to be computed in `slot`."""
+        return max(0, self.ticket.cost_at(slot) - self.cost)
 
 
 class _Sorted:
@@ -181,10 +191,10 @@ class Lane:
     def turn(self) -> Line:
         """Whose head is next. Stays so until it is served or withdrawn."""
         line = next(iter(self.lines.values()))
-        if line.credit < line.head().ticket.cost:
+        if line.credit < line.head().cost:
             self.lines.move_to_end(line.key)
             line = next(iter(self.lines.values()))
-            if line.credit < line.head().ticket.cost:
+            if line.credit < line.head().cost:
                 line.credit += self.quantum
         return line
 
@@ -208,24 +218,24 @@ class Home:
         if line is None:
             line = lane.lines[ticket.key] = Line(ticket.key)
         place = _Place(ticket, self, lane, line)
-        lane.quantum = max(lane.quantum, ticket.cost)
+        lane.quantum = max(lane.quantum, place.cost)
         line.places.push(ticket.offered_ns, place)
         line.count += 1
         self.count += 1
-        self.tokens += ticket.cost
+        self.tokens += place.cost
         return place
 
     def leave(self, place: _Place) -> None:
-        line, ticket = place.line, place.ticket
+        line = place.line
         place.waits = False
         line.places.left()
         line.count -= 1
         self.count -= 1
-        self.tokens -= ticket.cost
+        self.tokens -= place.cost
         if not line.count:
             del place.lane.lines[line.key]
             if not place.lane.lines:
-                del self.lanes[ticket.priority]
+                del self.lanes[place.ticket.priority]
 
     def lanes_by_age(self, aging_ns: int) -> list[tuple[int, Line]]:
         """What each lane would serve next, the one that is served first."""
@@ -271,7 +281,7 @@ class AdmissionQueue:
         self._paces: dict[int, _Pace] = {}
         self._deadlines = _Sorted()
         self.tokens = 0
-        """Prompt tokens of all tickets."""
+        """What all tickets cost at home."""
 
     def __len__(self) -> int:
         return len(self._places)
@@ -307,9 +317,10 @@ class AdmissionQueue:
         """A request begins to wait; said again, nothing happens. Raises QueueFull, with the time to come again."""
         if ticket.ident in self._places:
             return
-        if self._places and (len(self._places) >= self._max_tickets or self.tokens + ticket.cost > self._max_tokens):
+        tokens = self.tokens + ticket.cost_at(ticket.home)
+        if self._places and (len(self._places) >= self._max_tickets or tokens > self._max_tokens):
             raise QueueFull(
-                f"{len(self._places)} requests with {self.tokens} prompt tokens are waiting already",
+                f"{len(self._places)} requests with {self.tokens} uncached prompt tokens are waiting already",
                 retry_after_s=self._retry_after_s(now_ns),
             )
         self._enter(ticket, now_ns)
@@ -319,7 +330,7 @@ class AdmissionQueue:
         if ticket.ident in self._places:
             return
         place = self._enter(ticket, now_ns)
-        place.line.credit += ticket.cost
+        place.line.credit += place.cost
         place.lane.lines.move_to_end(place.line.key, last=False)
 
     def withdraw(self, ident: Ident) -> Ticket | None:
@@ -382,17 +393,17 @@ class AdmissionQueue:
         wait_ns = pace.expected_ns(now_ns) if pace is not None else float("inf")
         for _, line in victim.lanes_by_age(self._aging_ns):
             head = line.head()
-            if not head.ticket.cached and head.ticket.cost * self._token_ns <= wait_ns:
-                return head  # nothing is cheaper to move than what is cached nowhere, and it is the oldest
+            if not head.lost_at(thief) and head.ticket.cost_at(thief) * self._token_ns <= wait_ns:
+                return head  # nothing is cheaper to move, and it is the oldest
             found = [
-                place for place in line.places.near_head() if place.ticket.uncached(thief) * self._token_ns <= wait_ns
+                place for place in line.places.near_head() if place.ticket.cost_at(thief) * self._token_ns <= wait_ns
             ]
             if found:
-                return min(found, key=lambda place: (place.ticket.cached.get(victim.slot, 0), _offered(place)))
+                return min(found, key=lambda place: (place.lost_at(thief), _offered(place)))
         return None
 
     def _take(self, place: _Place, slot: int, now_ns: int) -> Grant:
-        place.line.credit -= place.ticket.cost
+        place.line.credit -= place.cost
         self._leave(place)
         if slot == place.ticket.home:
             self._paces[slot].took(now_ns)
@@ -412,7 +423,7 @@ class AdmissionQueue:
                 pace.since_ns = now_ns
         place = self._places[ticket.ident] = home.enter(ticket)
         self._deadlines.push(ticket.deadline_ns, place)
-        self.tokens += ticket.cost
+        self.tokens += place.cost
         return place
 
     def _leave(self, place: _Place) -> None:
@@ -420,7 +431,7 @@ class AdmissionQueue:
         del self._places[ticket.ident]
         home.leave(place)
         self._deadlines.left()
-        self.tokens -= ticket.cost
+        self.tokens -= place.cost
         if not home.count:
             homes = self._pools[ticket.pool]
             del homes[home.slot]

@@ -161,7 +161,7 @@ def test_lines_that_wait_all_the_time_get_equal_shares_of_tokens(seed: int, keys
     while all(left.values()):
         grant = q.grant(0, [POOL], 0)
         assert grant is not None
-        served[grant.ticket.key] += grant.ticket.cost
+        served[grant.ticket.key] += grant.ticket.prompt
         left[grant.ticket.key] -= 1
         assert max(served.values()) - min(served.values()) <= 3 * max(costs)
 
@@ -208,6 +208,20 @@ def test_what_is_cached_at_home_is_stolen_last() -> None:
         q, ticket(1, home=1, cost=10, cached={1: 8}), ticket(2, home=1, at=1, cost=10), ticket(3, home=1, at=2, cost=10)
     )
     assert drained(q, 0) == [2, 3, 1]
+
+
+def test_what_the_thief_has_cached_as_well_is_no_loss() -> None:
+    q = queue()
+    offer(q, ticket(1, home=1, cost=10, cached={0: 8, 1: 8}), ticket(2, home=1, at=1, cost=10, cached={1: 4}))
+    assert drained(q, 0) == [1, 2]
+
+
+def test_the_most_loaded_peer_is_the_one_with_the_most_to_compute() -> None:
+    q = queue()
+    offer(q, ticket(1, home=1, cost=100, cached={1: 96}), ticket(2, home=2, at=1, cost=10))
+    assert q.tokens == 14
+    assert q.by_home() == {1: (1, 4), 2: (1, 10)}
+    assert drained(q, 0) == [2, 1]
 
 
 def test_a_ticket_is_not_stolen_when_its_prompt_takes_longer_than_its_wait() -> None:
@@ -301,6 +315,11 @@ HOMES = 4
 KEYS = ["", "a", "b"]
 
 
+def lost(ticket: Ticket, slot: int) -> int:
+    """What must be computed anew in `slot`."""
+    return max(0, ticket.cost_at(slot) - ticket.cost_at(ticket.home))
+
+
 class Anything(RuleBasedStateMachine):
     """Every ticket is in exactly one place: waiting, granted, or ended. Order holds between any two of one line."""
 
@@ -313,6 +332,10 @@ class Anything(RuleBasedStateMachine):
         self.granted: dict[Ident, Grant] = {}
         self.slots = {POOL: {0, 1, 2, 3}, OTHER: {2, 3}}
 
+    @property
+    def tokens(self) -> int:
+        return sum(t.cost_at(t.home) for t in self.waiting.values())
+
     @rule(
         home=st.integers(0, HOMES - 1),
         cost=st.integers(1, 60),
@@ -321,8 +344,19 @@ class Anything(RuleBasedStateMachine):
         pool=st.sampled_from([POOL, OTHER]),
         wait=st.integers(5, 200),
         late=st.integers(0, 5),
+        cached=st.dictionaries(st.integers(0, HOMES - 1), st.integers(0, 70), max_size=HOMES),
     )
-    def offer(self, home: int, cost: int, priority: int, key: str, pool: tuple, wait: int, late: int) -> None:
+    def offer(
+        self,
+        home: int,
+        cost: int,
+        priority: int,
+        key: str,
+        pool: tuple,
+        wait: int,
+        late: int,
+        cached: dict[int, int],
+    ) -> None:
         self.now += 1
         self.number += 1
         home = home if home in self.slots[pool] else min(self.slots[pool], default=home)
@@ -335,8 +369,10 @@ class Anything(RuleBasedStateMachine):
             key=key,
             pool=pool,
             until=self.now + wait,
+            cached=cached,
         )
-        fits = len(self.waiting) < 12 and sum(t.cost for t in self.waiting.values()) + cost <= 300
+        tokens = self.tokens + new.cost_at(home)
+        fits = len(self.waiting) < 12 and tokens <= 300
         if fits or not self.waiting:
             self.queue.offer(new, self.now)
             self.waiting[new.ident] = new
@@ -364,6 +400,9 @@ class Anything(RuleBasedStateMachine):
             for t in could
             if (t.home, t.pool, t.priority, t.key) == (given_.home, given_.pool, given_.priority, given_.key)
         ]
+        if grant.stolen:
+            assert all(lost(given_, slot) <= lost(t, slot) for t in line), "lost more than it must"
+            line = [t for t in line if lost(t, slot) == lost(given_, slot)]
         assert all(given_.offered_ns <= t.offered_ns for t in line), "out of order"
         self.granted[given_.ident] = grant
 
@@ -411,11 +450,11 @@ class Anything(RuleBasedStateMachine):
     def counts_are_true(self) -> None:
         assert set(self.queue.idents) == set(self.waiting)
         assert len(self.queue) == len(self.waiting)
-        assert self.queue.tokens == sum(t.cost for t in self.waiting.values())
+        assert self.queue.tokens == self.tokens
         homes: dict[int, tuple[int, int]] = {}
         for each in self.waiting.values():
             count, tokens = homes.get(each.home, (0, 0))
-            homes[each.home] = count + 1, tokens + each.cost
+            homes[each.home] = count + 1, tokens + each.cost_at(each.home)
         assert self.queue.by_home() == homes
 
 
