@@ -59,7 +59,7 @@ class Stage:
     def left_over(self) -> list[object]:
         """What a transport without open calls may not hold."""
         if isinstance(self.upstream, ZmqUpstream):
-            return [*self.upstream._calls.values(), *self.upstream._ready, *self.upstream._aborting]
+            return [*self.upstream._calls.values(), *self.upstream._ready, *self.upstream._peers.aborting]
         pools = [*self.upstream._pools.values(), *self.upstream._retired]
         busy = [c for p in pools for c in p._connections if c not in p._idle]
         return [*busy, *(w for p in pools for w in p._waiting)]

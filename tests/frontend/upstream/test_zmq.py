@@ -327,7 +327,7 @@ def test_forgotten_engine_ends_its_answers_and_then_its_connection() -> None:
         upstream.forget(engine.incarnation)
         asked.done(b"x")
         assert (await ended(sink)).body == b"x"
-        await eventually(lambda: not upstream._peers and not upstream._routes, upstream)
+        await eventually(lambda: not upstream._peers and not upstream._peers.by_route, upstream)
 
     play(scene)
 
@@ -350,7 +350,7 @@ def test_oversized_headers_are_refused() -> None:
 
 def test_engine_at_its_mark_is_saturated_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was accepted is answered; whatever was not, said so."""
-    monkeypatch.setattr("frontend.upstream.zmq.MARK", 4)
+    monkeypatch.setattr("frontend.upstream.zmq_peers.MARK", 4)
 
     async def scene(upstream: ZmqUpstream, engine: ZmqEngine) -> None:
         engine.on_request = ZmqAsked.done
