@@ -193,6 +193,12 @@ class Match(msgspec.Struct, frozen=True, gc=False):
     requests: float
     """How many recent requests there were at all, faded alike."""
 
+    def cached(self, prompt_tokens: int) -> dict[int, int]:
+        """Tokens of a prompt of that many that instances have been sent, by slot; who has none of it is left out."""
+        per_block = prompt_tokens / max(self.blocks, 1.0)
+        slots = self.depths.nonzero()[0].tolist()
+        return {slot: round(min(per_block * self.depths.item(slot), prompt_tokens)) for slot in slots}
+
 
 class _Notice(NamedTuple):
     number: int
@@ -217,6 +223,8 @@ class PrefixIndex:
         self._outbox: deque[_Notice] = deque()
         self._outbox_keys = 0
         self._last: tuple[RouteRequest | None, Vector, float] = (None, np.empty(0, dtype=np.int64), 0.0)
+        self._matched: Match | None = None
+        """Of the last request."""
         self.lost = 0
         """Notices given up because the scheduler did not take them in time."""
         self.on_note: Callable[[], None] = lambda: None
@@ -237,7 +245,7 @@ class PrefixIndex:
 
     def match(self, request: RouteRequest) -> Match:
         """What is known of the request's prompt. The keys of the last request are kept: it may be picked for again."""
-        if request is not self._last[0]:
+        if not self._is_last(request):
             self._last = (request, *self._keys(request))
         _, keys, blocks = self._last
         depths = np.zeros(len(self._generations), dtype=np.int64)
@@ -254,7 +262,20 @@ class PrefixIndex:
         requests = HORIZON * -np.expm1(-self._table.tick / HORIZON)
         if len(keys):
             uses = self._overlay(keys, depths, uses)
-        return Match(keys, blocks, depths, uses, float(requests) + len(self._pending))
+        self._matched = Match(keys, blocks, depths, uses, float(requests) + len(self._pending))
+        return self._matched
+
+    def matched(self, request: RouteRequest) -> Match:
+        """What `match` said of the request, if it is the last one; else what it says now."""
+        return self._matched if self._matched is not None and self._is_last(request) else self.match(request)
+
+    def _is_last(self, request: RouteRequest) -> bool:
+        """Whether it has the last one's prompt; the legs of a pair do."""
+        last = self._last[0]
+        return last is not None and (
+            request is last
+            or (request.prompt is last.prompt and request.prompt_ids is last.prompt_ids and request.model == last.model)
+        )
 
     def _keys(self, request: RouteRequest) -> tuple[Vector, float]:
         model = request.model or ""

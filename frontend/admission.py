@@ -100,6 +100,7 @@ class Admission:
     ) -> None:
         """`send` says whether the scheduler will get the message."""
         self.breaker = dispatcher.breaker
+        self.placed = dispatcher.placed
         self.loop = loop
         self.timeout_s = config.scheduler.queue_timeout_secs
         self._table = table
@@ -147,9 +148,9 @@ class Admission:
         choice.lease.on_close = self._closed
         return choice
 
-    def claim(self, slot: int, generation: int, tokens: int) -> Choice | None:
+    def claim(self, request: RouteRequest, slot: int, generation: int) -> Choice | None:
         """That very instance; None: it has changed."""
-        choice = self._dispatcher.claim(slot, generation, tokens, time.monotonic())
+        choice = self._dispatcher.claim(request, slot, generation, time.monotonic())
         if choice is not None:
             choice.lease.on_close = self._closed
         return choice
@@ -260,8 +261,7 @@ class Admission:
         if waiting is None:  # its client left while the grant was on its way; the place is given back
             self._withdraw(grant.number)
             return
-        tokens = waiting.route.prompt_tokens
-        choice = self.claim(grant.slot, grant.generation, tokens)
+        choice = self.claim(waiting.route, grant.slot, grant.generation)
         if choice is None:
             self._returned.append(grant.number)
         else:

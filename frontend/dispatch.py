@@ -71,6 +71,9 @@ class Chooser(Protocol):
     def choose(self, request: RouteRequest, tried: Collection[int], now: float) -> Chosen:
         """Others than the slots in `tried`, where there are any. Raises `PenstockError`; nothing is held then."""
 
+    def placed(self, request: RouteRequest, chosen: Chosen) -> None:
+        """The request is being sent there, however it was chosen. Whoever forwards says so of every attempt."""
+
 
 class Choice(msgspec.Struct, frozen=True):
     """An instance, and the lease that counts the request there."""
@@ -122,21 +125,31 @@ class Dispatcher:
             if lease is not None:
                 lease.counts_prompt = self._policies[request.role].counts_prompts
                 self.breaker.tries(slot, now)
-                instance = self._table.instance(slot)
-                if request.session and request.role in self.sessions:
-                    self.sessions[request.role].chosen(request.session, instance.url)
-                return Choice(instance, lease)
+                return Choice(self._table.instance(slot), lease)
         raise NoInstance("instances come and go faster than a request can be placed; try again")
 
-    def claim(self, slot: int, generation: int, tokens: int, now: float) -> Choice | None:
+    def claim(self, request: RouteRequest, slot: int, generation: int, now: float) -> Choice | None:
         """That very instance, whatever the policy says; None: it has changed."""
         instance = self._table.find(slot, generation)
-        lease = take(self._table, self._counters, slot, generation, tokens) if instance is not None else None
-        if instance is None or lease is None:
+        if instance is None:
             return None
-        lease.counts_prompt = self._policies[instance.role].counts_prompts
+        policy = self._policies[request.role]
+        lease = take(self._table, self._counters, slot, generation, policy.tokens(request, slot))
+        if lease is None:
+            return None
+        lease.counts_prompt = policy.counts_prompts
         self.breaker.tries(slot, now)
         return Choice(instance, lease)
+
+    def placed(self, request: RouteRequest, chosen: Chosen) -> None:
+        slot = chosen.lease.slot
+        self._policies[request.role].placed(request, slot)
+        if request.session and request.role in self.sessions:
+            self.sessions[request.role].chosen(request.session, chosen.instance.url)
+
+    def cached(self, request: RouteRequest) -> Mapping[int, int]:
+        """Tokens of its prompt that instances have been sent before, by slot, as far as the role's policy looks."""
+        return self._policies[request.role].cached(request)
 
     def _pick(
         self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int]
@@ -155,12 +168,13 @@ class Dispatcher:
                     raise NoInstance(f"no {request.role.name.lower()} instance fits its counterpart")
                 left = [slot for slot in fit if slot not in tried]
                 if left:
-                    return view, self.breaker.least_bad(left), request.prompt_tokens
+                    slot = self.breaker.least_bad(left)
+                    return view, slot, self._policies[request.role].tokens(request, slot)
                 if unfit:
                     view = self._table.view(request.role, request.model, avoid=unfit)
         policy = self._policies[request.role]
         slot = policy.pick(request, view)
-        return view, slot, policy.tokens(request)
+        return view, slot, policy.tokens(request, slot)
 
 
 def make_policies(

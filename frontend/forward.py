@@ -318,6 +318,7 @@ class Forward:
         self._choice = choice
         self._head = None
         self._attempts += 1
+        shared.dispatcher.placed(self._asked[0], choice)
         if self._story is not None:
             self._story.chosen(choice.legs)
         if shared.first_byte_s:

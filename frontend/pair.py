@@ -34,7 +34,7 @@ from broker.errors import NoInstance, PenstockError, UpstreamBroken
 from broker.lease import Lease
 from broker.types import Connector, Instance, Role, RouteRequest
 from frontend.breaker import Breaker
-from frontend.dispatch import TAKES, Choice, Dispatcher
+from frontend.dispatch import TAKES, Choice, Chosen, Dispatcher
 from frontend.partners import Fleet, Partners
 from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
 
@@ -79,12 +79,10 @@ class Pairer:
         for _ in range(TAKES):
             # Every time anew: what was found not to fit may have been another membership.
             lonely = self._partners.lonely()
-            asked = msgspec.structs.replace(request, role=Role.PREFILL)
-            prefill = self._dispatcher.choose(asked, tried, now, lonely)
+            prefill = self._dispatcher.choose(_prefill(request), tried, now, lonely)
             try:
-                # The prompt's tokens are prefill's work; decode's load is its requests.
-                asked = msgspec.structs.replace(request, role=Role.DECODE, prompt_tokens=0)
-                decode = self._dispatcher.choose(asked, tried, now, self._partners.unfit(prefill.lease.slot))
+                unfit = self._partners.unfit(prefill.lease.slot)
+                decode = self._dispatcher.choose(_decode(request), tried, now, unfit)
             except BaseException:
                 prefill.lease.close()
                 raise
@@ -94,6 +92,19 @@ class Pairer:
             prefill.lease.close()
             decode.lease.close()
         raise NoInstance("instances come and go faster than a pair can be found; try again")
+
+    def placed(self, request: RouteRequest, chosen: Chosen) -> None:
+        for asked, leg in zip((_prefill(request), _decode(request)), chosen.legs, strict=True):
+            self._dispatcher.placed(asked, leg)
+
+
+def _prefill(request: RouteRequest) -> RouteRequest:
+    return msgspec.structs.replace(request, role=Role.PREFILL)
+
+
+def _decode(request: RouteRequest) -> RouteRequest:
+    """The prompt's tokens are prefill's work; decode's load is its requests."""
+    return msgspec.structs.replace(request, role=Role.DECODE, prompt_tokens=0)
 
 
 class PairChoice:

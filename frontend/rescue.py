@@ -95,7 +95,7 @@ class Rescuer:
     def _better(self, slot: int, route: RouteRequest, taken: set[int]) -> Choice | None:
         """A lease at an idle instance."""
         idle = self._idle(route, taken | {slot})
-        return None if idle is None else self._admission.claim(*idle, route.prompt_tokens)
+        return None if idle is None else self._admission.claim(route, *idle)
 
     def _idle(self, route: RouteRequest, avoid: set[int]) -> tuple[int, int] | None:
         try:

@@ -12,7 +12,7 @@ from benchmarks.routing import replay
 from benchmarks.routing.fleet import Maker, Outcome, Router, run, shared_memory
 from benchmarks.routing.peers import SglangCacheAware
 from benchmarks.routing.workloads import WORKLOADS, Workload
-from broker.policies import Options, Policy, make_policy
+from broker.policies import Options, Policy, WholePrompts, make_policy
 from broker.prefix import PrefixIndex
 
 ENGINES = 8
@@ -45,7 +45,7 @@ ROUTERS: dict[str, Callable[[], Maker]] = {
     "round_robin": _one_for_all(lambda rng: make_policy("round_robin", FASTDEPLOY, rng, 0.0)),
     "request_num": _shipped("request_num"),
     "fd cache_aware": _shipped("cache_aware"),
-    "sgl cache_aware": _one_for_all(SglangCacheAware),
+    "sgl cache_aware": _one_for_all(lambda rng: WholePrompts(SglangCacheAware(rng))),
     OURS: _shipped(OURS),
 }
 

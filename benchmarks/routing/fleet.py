@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from benchmarks.routing.engine import Change, Engine, Job
 from broker.policies.base import Policy
-from broker.policies.prefix_cost import PrefixCost
 from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, prefix_layout
 from broker.types import RouteRequest, Trust
 from broker.wire import RoutingNotices
@@ -68,10 +67,11 @@ class Router:
         policy = self._policies[k]
         request = RouteRequest(prompt_tokens=job.prompt, prompt=job.text)
         slot = policy.pick(request, self.view)
+        job.charged = policy.tokens(request, slot)
+        policy.placed(request, slot)
         while notices_ := self._indexes[k].batch():
             self._on_the_way.append((now + NOTICES_S, notices_))
         job.engine = slot
-        job.charged = policy.tokens(request) if isinstance(policy, PrefixCost) else job.prompt
         self.view.in_flight[slot] += 1
         self.view.tokens[slot] += job.charged
         return slot

@@ -49,8 +49,8 @@ POLICIES: dict[str, Callable[[Options, Random, float], Picker]] = {
 """FastDeploy's names that decide by load alone. Each role has a policy of its own: none shares a turn with another."""
 
 INDEXED: dict[str, Callable[[Options, Random, PrefixIndex], Policy]] = {
-    "cache_aware": lambda options, rng, index: WholePrompts(CacheAware(options, rng, index)),
-    "remote_cache_aware": lambda options, rng, index: WholePrompts(RemoteCacheAware(options, rng, index)),
+    "cache_aware": lambda options, rng, index: CacheAware(options, rng, index),
+    "remote_cache_aware": lambda options, rng, index: RemoteCacheAware(options, rng, index),
     "prefix_cost": lambda _options, rng, index: PrefixCost(rng, index),
 }
 """Those that look prompts up in the prefix index. One index serves all roles of a frontend."""

@@ -1,13 +1,14 @@
 """What a policy is, what it sees, and the one way in which ties are broken.
 
 A policy is pure: it reads vectors over the candidates and draws from the generator it was given. It keeps no copy of
-any load and is told nothing after its choice, because the choice itself is visible in the next view: the lease taken
-on it raises a counter that every frontend reads.
+any load, because the choice itself is visible in the next view: the lease taken on it raises a counter that every
+frontend reads. What it is told is who got a request's prompt in the end (`placed`): a choice may be given back, a place
+granted elsewhere, an attempt repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import NamedTuple, Protocol
 
@@ -100,21 +101,32 @@ class Policy(Picker, Protocol):
     def counts_prompts(self) -> bool:
         """Tokens are the work that waits: they count until the answer begins. Else as long as the request."""
 
-    def tokens(self, request: RouteRequest) -> int:
-        """Prompt tokens that the request, picked for last, is to count at its instance."""
+    def tokens(self, request: RouteRequest, slot: int) -> int:
+        """Prompt tokens that the request is to count at the instance in `slot`, whoever chose it."""
+
+    def placed(self, request: RouteRequest, slot: int) -> None:
+        """The request goes there now. Said of every attempt, and of nothing that was only considered."""
+
+    def cached(self, request: RouteRequest) -> Mapping[int, int]:
+        """Tokens of the prompt that instances have been sent before, by slot; none where prompts are not looked up."""
 
 
 class WholePrompts:
     """A picker's policy by which every prompt counts whole, wherever it goes, and as long as its request: the
-    original's rule."""
+    original's rule. Nothing is remembered of it."""
 
     counts_prompts = False
 
     def __init__(self, picker: Picker) -> None:
         self.pick = picker.pick
 
-    def tokens(self, request: RouteRequest) -> int:
+    def tokens(self, request: RouteRequest, slot: int) -> int:
         return request.prompt_tokens
+
+    def placed(self, request: RouteRequest, slot: int) -> None: ...
+
+    def cached(self, request: RouteRequest) -> Mapping[int, int]:
+        return {}
 
 
 def least(scores: NDArray[np.int64] | NDArray[np.float64], rng: Random) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
 
 import numpy as np
@@ -23,10 +24,14 @@ class CacheAware:
     middle of it; the memory is shared by all frontends and survives restarts.
     """
 
+    counts_prompts = False
+
     def __init__(self, options: Options, rng: Random, index: PrefixIndex) -> None:
         self._options = options
         self._rng = rng
         self._index = index
+        self._by_load: RouteRequest | None = None
+        """The request picked for last, if its prompt had no part in it."""
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
         return self.decide(request, view, view.in_flight)
@@ -39,10 +44,12 @@ class CacheAware:
         uneven = apart > options.balance_abs_threshold and apart > options.balance_rel_threshold * most
         if uneven or not (request.prompt or request.prompt_ids):
             slot = int(view.slots[least(view.tokens, self._rng)])
+            self._by_load = request
             if options.on_weighed is not None:
                 reason = "load imbalanced" if uneven else "tokenize failed: empty prompt"
                 options.on_weighed(Weighing(view.slots, loads, None, slot, reason))
             return slot
+        self._by_load = None
         match = self._index.match(request)
         hits = match.depths[view.slots] * 100 // max(len(match.keys), 1)
         scores = (100 - hits) / 100 * options.hit_ratio_weight
@@ -50,7 +57,16 @@ class CacheAware:
             scores += loads / most * options.load_balance_weight
         best = np.flatnonzero(scores == scores.min())
         slot = int(view.slots[best[least(view.tokens[best], self._rng)]])
-        self._index.note(match, slot)
         if options.on_weighed is not None:
             options.on_weighed(Weighing(view.slots, loads, hits, slot))
         return slot
+
+    def tokens(self, request: RouteRequest, slot: int) -> int:
+        return request.prompt_tokens
+
+    def placed(self, request: RouteRequest, slot: int) -> None:
+        if request is not self._by_load:
+            self._index.note(self._index.matched(request), slot)
+
+    def cached(self, request: RouteRequest) -> Mapping[int, int]:
+        return self._index.matched(request).cached(request.prompt_tokens)

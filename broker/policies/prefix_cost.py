@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
 
 import numpy as np
@@ -50,8 +51,8 @@ class PrefixCost:
     **Crowding** counts by the power 1.5 of the relative difference, so that it decides where outputs differ widely and
     slots are short, and is silent where all instances have about the same number of requests.
 
-    Ties are drawn. `tokens` is what the instance has to compute for the request picked last: the lease must be taken
-    for that many, so that the view's tokens are the work that is queued, and not prompts that are mostly cached.
+    Ties are drawn. `tokens` is what the instance has to compute for the request: the lease must be taken for that many,
+    so that the view's tokens are the work that is queued, and not prompts that are mostly cached.
     """
 
     counts_prompts = True
@@ -63,7 +64,6 @@ class PrefixCost:
         """Uncached tokens of a request."""
         self._spent: Costs = np.zeros(0)
         """Uncached tokens sent to each slot by this frontend, fading."""
-        self._uncached = 0
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
         slots = view.slots
@@ -83,18 +83,30 @@ class PrefixCost:
         cost += CROWDED * self._mean * crowd * np.sqrt(np.abs(crowd))
 
         best = least(cost, self._rng)
-        slot = int(slots[best])
+        return int(slots[best])
+
+    def tokens(self, request: RouteRequest, slot: int) -> int:
+        """Prompt tokens that the instance has to compute."""
+        return round(_uncached(request, self._index.matched(request), slot))
+
+    def placed(self, request: RouteRequest, slot: int) -> None:
+        match = self._index.matched(request)
+        uncached = _uncached(request, match, slot)
         self._index.note(match, slot)
-        uncached = max(request.prompt_tokens - per_block * int(depths[best]), 0.0)
-        self._uncached = round(uncached)
+        if not len(self._spent):
+            self._spent = np.zeros(len(match.depths))
+            self._mean = float(request.prompt_tokens)
         self._mean += LEARNING * (uncached - self._mean)
         self._spent *= 1.0 - 1.0 / MEMORY
         self._spent[slot] += uncached
-        return slot
 
-    def tokens(self, request: RouteRequest) -> int:
-        """Prompt tokens of the request picked last that its instance has to compute."""
-        return self._uncached
+    def cached(self, request: RouteRequest) -> Mapping[int, int]:
+        return self._index.matched(request).cached(request.prompt_tokens)
+
+
+def _uncached(request: RouteRequest, match: Match, slot: int) -> float:
+    per_block = request.prompt_tokens / max(match.blocks, 1.0)
+    return max(request.prompt_tokens - per_block * match.depths.item(slot), 0.0)
 
 
 def _missing(match: Match, depths: NDArray[np.int64]) -> Costs:

@@ -17,8 +17,13 @@ class RemoteCacheAware:
     second old (`manager.metrics-interval-secs`), corrected by what this host's counters have moved since the report.
     """
 
+    counts_prompts = False
+
     def __init__(self, options: Options, rng: Random, index: PrefixIndex) -> None:
         self._rule = CacheAware(options, rng, index)
+        self.tokens = self._rule.tokens
+        self.placed = self._rule.placed
+        self.cached = self._rule.cached
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
         return self._rule.decide(request, view, view.load)

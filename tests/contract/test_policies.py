@@ -150,7 +150,9 @@ def test_the_choice_by_prompt_is_a_candidate(
         slot = policy.pick(request, view)
         assert type(slot) is int
         assert slot in view.slots.tolist()
-        assert 0 <= policy.tokens(request) <= request.prompt_tokens
+        assert 0 <= policy.tokens(request, slot) <= request.prompt_tokens
+        assert all(0 < tokens <= request.prompt_tokens for tokens in policy.cached(request).values())
+        policy.placed(request, slot)
 
 
 def test_an_unknown_name_in_the_settings_lists_the_known_ones() -> None:

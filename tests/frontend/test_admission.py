@@ -145,7 +145,7 @@ def test_with_room_nothing_is_said_to_anybody(line: Line) -> None:
 
 def test_a_full_choice_gives_way_to_one_with_room(tmp_path: Path) -> None:
     line = Line(tmp_path, policy="round_robin")
-    held = [line.frontend.dispatcher.claim(line.frontend.slots[A], 1, 0, NOW) for _ in range(2)]
+    held = [line.frontend.dispatcher.claim(REQUEST, line.frontend.slots[A], 1, NOW) for _ in range(2)]
     assert all(held)
     assert [line.choose().instance.url for _ in range(2)] == [B, B]
     assert line.frontend.in_flight == [2, 2]

@@ -69,15 +69,28 @@ def test_loads_count_as_uneven_beyond_both_thresholds(prefixes: Prefixes, loads:
 
 def test_an_uneven_or_textless_choice_goes_to_the_fewest_tokens_and_is_not_recorded(prefixes: Prefixes) -> None:
     uneven = FakeLoads(2).having(in_flight=[9, 0], tokens=[1, 2])
-    assert policy(prefixes).pick(REQUEST, uneven) == 100
-    idle = FakeLoads(2).having(tokens=[2, 1])
-    assert policy(prefixes).pick(RouteRequest(), idle) == 101
+    rule = policy(prefixes)
+    assert rule.pick(REQUEST, uneven) == 100
+    rule.placed(REQUEST, 100)
+    idle, textless = FakeLoads(2).having(tokens=[2, 1]), RouteRequest()
+    assert rule.pick(textless, idle) == 101
+    rule.placed(textless, 101)
     assert prefixes.index.batch() is None
 
 
-def test_an_even_choice_is_recorded(prefixes: Prefixes) -> None:
-    slot = policy(prefixes).pick(REQUEST, FakeLoads(3))
+@pytest.mark.parametrize("rule", [CacheAware, RemoteCacheAware])
+def test_an_even_choice_is_recorded_where_the_request_goes(
+    prefixes: Prefixes, rule: type[CacheAware | RemoteCacheAware]
+) -> None:
+    made = rule(EXAMPLE, Random(1), prefixes.index)
+    slot = made.pick(REQUEST, FakeLoads(3))
+    assert prefixes.who_has(PROMPT) == {}
+    made.placed(REQUEST, slot)
     assert prefixes.who_has(PROMPT) == {slot: 4}
+    assert made.cached(REQUEST) == {slot: 16}
+    made.pick(RouteRequest(prompt="another one"), FakeLoads(3))
+    made.placed(REQUEST, 110)  # granted there in the end
+    assert prefixes.who_has(PROMPT) == {slot: 4, 110: 4}
 
 
 @pytest.mark.parametrize(("tokens", "slot"), [([5, 6], 100), ([6, 5], 101)])
@@ -120,7 +133,9 @@ def test_the_remote_variant_weighs_what_engines_report(prefixes: Prefixes) -> No
 
 def test_token_ids_count_as_text_does(prefixes: Prefixes) -> None:
     request = RouteRequest(prompt_ids=[1, 2, 3, 4, 5, 6, 7, 8], prompt_tokens=8)
-    first = policy(prefixes).pick(request, FakeLoads(8))
+    rule = policy(prefixes)
+    first = rule.pick(request, FakeLoads(8))
+    rule.placed(request, first)
     assert choices(policy(prefixes), FakeLoads(8), request) == {first}
 
 

@@ -95,7 +95,10 @@ def test_unknown_prompts_are_spread_evenly_even_if_nothing_is_ever_in_flight(pre
     rng = Random(2)
     for number in range(800):
         prompt = f"{number:04d}" * rng.randrange(1, 50)
-        work[policy.pick(ask(prompt), view) - 100] += len(prompt)
+        request = ask(prompt)
+        slot = policy.pick(request, view)
+        policy.placed(request, slot)
+        work[slot - 100] += len(prompt)
         prefixes.deliver()
     assert work.max() / work.mean() < 1.02
 
@@ -104,11 +107,27 @@ def test_the_lease_is_for_what_must_be_computed(prefixes: Prefixes) -> None:
     prefixes.sent(HEAD, 102)
     policy = fresh(prefixes)
     request = ask(HEAD + "x" * 40)
-    policy.pick(request, FakeLoads(8))
-    assert policy.tokens(request) == 40
+    assert policy.tokens(request, policy.pick(request, FakeLoads(8))) == 40
+    assert policy.tokens(request, 101) == len(HEAD) + 40
     request = ask("y" * 7 * BLOCK)
+    assert policy.tokens(request, policy.pick(request, FakeLoads(8))) == 7 * BLOCK
+
+
+def test_what_is_only_considered_is_not_noted(prefixes: Prefixes) -> None:
+    policy = fresh(prefixes)
+    request = ask(HEAD)
     policy.pick(request, FakeLoads(8))
-    assert policy.tokens(request) == 7 * BLOCK
+    assert prefixes.index.batch() is None
+    policy.pick(ask("another"), FakeLoads(8))
+    policy.placed(request, 105)
+    assert prefixes.who_has(HEAD) == {105: len(HEAD) // BLOCK}
+
+
+def test_it_says_what_each_instance_has_cached(prefixes: Prefixes) -> None:
+    prefixes.sent(HEAD, 102)
+    prefixes.sent(HEAD[: 7 * BLOCK], 103)
+    assert fresh(prefixes).cached(ask(HEAD + "xyz")) == {102: len(HEAD), 103: 7 * BLOCK}
+    assert fresh(prefixes).cached(ask("unknown prompt")) == {}
 
 
 def test_a_prompt_beyond_the_cap_counts_by_its_whole_length(tmp_path: Path) -> None:
@@ -117,7 +136,7 @@ def test_a_prompt_beyond_the_cap_counts_by_its_whole_length(tmp_path: Path) -> N
     prefixes.sent(prompt, 102)
     policy = fresh(prefixes)
     assert policy.pick(ask(prompt), FakeLoads(8)) == 102
-    assert policy.tokens(ask(prompt)) == len(prompt) / 2
+    assert policy.tokens(ask(prompt), 102) == len(prompt) / 2
 
 
 def test_the_unit_of_tokens_does_not_matter(tmp_path: Path) -> None:
@@ -135,6 +154,7 @@ def _choices(prefixes: Prefixes, scale: int) -> list[int]:
         request = RouteRequest(prompt=prompt, prompt_tokens=len(prompt) * scale)
         chosen.append(policy.pick(request, view))
         view.in_flight[chosen[-1] - 100] += 1
-        view.tokens[chosen[-1] - 100] += policy.tokens(request)
+        view.tokens[chosen[-1] - 100] += policy.tokens(request, chosen[-1])
+        policy.placed(request, chosen[-1])
         prefixes.deliver()
     return chosen
