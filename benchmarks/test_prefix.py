@@ -7,6 +7,7 @@ the standard library's speed class (BLAKE2b with 8 bytes; `xxhash` is no depende
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,17 +103,32 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[PrefixIn
     return made
 
 
+def deciding(index: PrefixIndex, prompt: str, n: int) -> Callable[[], int]:
+    """What a request asks of its policy, from the choice to the notice."""
+    policy, view = PrefixCost(Random(1), index), Loads(n)
+    prompts = itertools.cycle((prompt, prompt[:1] + prompt[1:]))  # no two requests in a row have the very same object
+
+    def decide() -> int:
+        request = RouteRequest(prompt=next(prompts), prompt_tokens=8192)
+        slot = policy.pick(request, view)
+        policy.tokens(request, slot)
+        policy.placed(request, slot)
+        return slot
+
+    return decide
+
+
 @pytest.mark.parametrize("n", [8, 64, 1024])
 def test_decision(benchmark: BenchmarkFixture, filled: dict[int, tuple[PrefixIndex, str]], n: int) -> None:
     """A prompt of 32 KiB in 512 blocks through `prefix_cost`, from text to slot, its notice included."""
     index, prompt = filled[n]
-    policy, view = PrefixCost(Random(1), index), Loads(n)
+    decide_ = deciding(index, prompt, n)
 
     def decide() -> int:
         index._outbox.clear()
         index._outbox_keys = 0
         index._pending.clear()
-        return policy.pick(RouteRequest(prompt=prompt, prompt_tokens=8192), view)
+        return decide_()
 
     benchmark(decide)
     start = namespace("", BLOCK, "text")
@@ -135,11 +151,6 @@ def test_decision_grows_little_with_the_fleet(filled: dict[int, tuple[PrefixInde
     times = {}
     for n in (8, 1024):
         index, prompt = filled[n]
-        policy, view = PrefixCost(Random(1), index), Loads(n)
-
-        def decide(policy: PrefixCost = policy, view: Loads = view, prompt: str = prompt) -> int:
-            return policy.pick(RouteRequest(prompt=prompt, prompt_tokens=8192), view)
-
-        times[n] = best_us(decide)
+        times[n] = best_us(deciding(index, prompt, n))
         index._pending.clear()
     assert times[1024] <= 2 * times[8], times

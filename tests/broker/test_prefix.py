@@ -336,6 +336,7 @@ def test_any_number_of_distinct_prompts_leaves_memory_flat(tmp_path: Path, count
     for number in range(count):
         request = RouteRequest(prompt=f"{number:064d}" * 3, prompt_tokens=48)
         slot = policy.pick(request, view)
+        policy.placed(request, slot)
         if number % 10 == 0:
             shared.deliver()
         assert index.match(request).depths[slot] == 3
