@@ -52,8 +52,8 @@ class TicketRecord(NamedTuple):
     role: Role
     model: str | None
     """None = any."""
-    cost: int
-    """Prompt tokens, at least 1."""
+    prompt: int
+    """Tokens, at least 1."""
     cached: int
     """Of them in the cache of its home; 0 = none, or not known."""
     priority: int
@@ -77,7 +77,7 @@ class HostLoad(NamedTuple):
     tickets: int
     """All that wait there."""
     tokens: int
-    """Their prompt tokens."""
+    """What they cost at their homes: tokens of their prompts that are not cached there."""
     line: tuple[TicketRecord, ...]
     """The first of them (`WINDOW` at most), in the order in which they are to be served."""
 
@@ -119,10 +119,10 @@ class Waiting(msgspec.Struct, frozen=True, array_like=True, tag="ticket/1"):
     """A published ticket; its name and version are its field's, its age is beside it."""
 
     order: int
-    """The smallest in line is served first. Means something among the tickets of one host only."""
+    """The smallest is served first. Comparable with those of the same host only."""
     role: Role
     model: Annotated[str, Meta(max_length=512)] | None
-    cost: Annotated[int, Meta(ge=1)]
+    prompt: Annotated[int, Meta(ge=1)]
     cached: _Natural
     priority: _Natural
     home: _Natural
