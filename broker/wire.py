@@ -30,6 +30,8 @@ DEAD_AFTER_S = 2.5
 
 MAX_CONTROL_BYTES = 64 * 1024
 """A control message longer than this is dropped unread."""
+MOST_CACHED = 16
+"""Instances of which a ticket says what they have of its prompt: it stays small whatever the fleet."""
 MAX_REPLY_BYTES = 4 * 1024 * 1024
 """What a frontend takes from its own scheduler: an answer may list thousands of requests."""
 MAX_TRANSFER_BYTES = 7 * 1024
@@ -88,8 +90,8 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     """Unique within the frontend's life."""
     role: Role
     model: str | None
-    cost: int
-    """Prompt tokens, at least 1."""
+    prompt: int
+    """Its tokens, at least 1."""
     home: int
     """The slot that the frontend's policy preferred."""
     priority: int
@@ -99,6 +101,9 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     offered_ns: int
     """When it began to wait (CLOCK_MONOTONIC of this machine): its place in line, however often it is offered."""
     deadline_ns: int
+    cached: dict[int, int] = {}
+    """Tokens of the prompt that instances had been sent before when it began to wait, by slot; of those with the most,
+    `MOST_CACHED`, and of its home."""
 
 
 class Tickets(msgspec.Struct, frozen=True, array_like=True, tag=5):

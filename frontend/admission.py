@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import heapq
 import itertools
 import time
 from collections.abc import Callable, Collection
@@ -52,7 +53,7 @@ ATTEMPTS = 4
 class Waiting:
     """One request in line. Its owner is whoever waits, who calls `leave` at the end, whatever happened."""
 
-    __slots__ = ("_line", "deadline", "home", "key", "number", "priority", "route", "since_ns", "waiter")
+    __slots__ = ("_line", "cached", "deadline", "home", "key", "number", "priority", "route", "since_ns", "waiter")
 
     def __init__(
         self, line: Admission, number: int, route: RouteRequest, headers: Headers, home: int, waiter: Waiter
@@ -62,6 +63,7 @@ class Waiting:
         self.route = route
         self.home = home
         self.waiter = waiter
+        self.cached = line.cached(route, home)
         self.key, self.priority = line.standing(headers)
         self.since_ns = time.monotonic_ns()
         self.deadline = line.loop.call_later(line.timeout_s, line.expire, self)
@@ -82,6 +84,7 @@ class Waiting:
             self.key,
             self.since_ns,
             self.since_ns + timeout_ns,
+            self.cached,
         )
 
 
@@ -197,6 +200,14 @@ class Admission:
         self._waiting[waiting.number] = self._offers[waiting.number] = waiting
         self._flush_soon()
         return waiting
+
+    def cached(self, route: RouteRequest, home: int) -> dict[int, int]:
+        """What a ticket says of its prompt. Right after the choice that found no room, so nothing is looked up anew."""
+        every = self._dispatcher.cached(route)
+        if len(every) <= wire.MOST_CACHED:
+            return dict(every)
+        most = heapq.nlargest(wire.MOST_CACHED, every, key=lambda slot: (slot == home, every[slot]))
+        return {slot: every[slot] for slot in most}
 
     def standing(self, headers: Headers) -> tuple[str, int]:
         """Fairness key and priority. The key is a digest: what tells clients apart may be their secret."""

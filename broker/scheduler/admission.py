@@ -19,6 +19,7 @@ offer again whatever waits, and each ticket stands where it stood.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from broker import wire
@@ -30,7 +31,7 @@ from broker.table import Column, QueueColumn, SchedulerEvent
 from broker.view import TableReader
 
 LOWEST_PRIORITY = 9
-MOST_COST = 1 << 40
+MOST_TOKENS = 1 << 40
 PATIENCE_NS = 1_500_000_000
 """How long a new scheduler waits for the tickets of every frontend before it grants the first one."""
 HEED_NS = 2_000_000_000
@@ -151,11 +152,12 @@ class Admission:
                     ident,
                     self._table.kind(ticket.role, ticket.model),
                     ticket.home if 0 <= ticket.home < self._slots else 0,
-                    min(max(1, ticket.cost), MOST_COST),
+                    min(max(1, ticket.prompt), MOST_TOKENS),
                     min(max(0, ticket.priority), LOWEST_PRIORITY),
                     ticket.key,
                     min(ticket.offered_ns, now_ns),
                     ticket.deadline_ns,
+                    dict(islice(ticket.cached.items(), wire.MOST_CACHED)),
                 ),
                 now_ns,
             )

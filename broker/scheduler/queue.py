@@ -75,7 +75,7 @@ class Ticket(NamedTuple):
 
     def cost_at(self, slot: int) -> int:
         """Tokens that the instance in `slot` would have to compute, at least 1."""
-        return max(1, self.prompt - self.cached[slot]) if slot in self.cached else self.prompt
+        return min(max(1, self.prompt - self.cached[slot]), self.prompt) if slot in self.cached else self.prompt
 
 
 class Grant(NamedTuple):

@@ -12,6 +12,8 @@ import msgspec
 from broker.config import Config
 from broker.counters import CounterColumn, FrontendCounters, TotalColumn
 from broker.errors import PenstockError
+from broker.policies import need_index
+from broker.prefix import PrefixIndex, PrefixWriter, create_prefix, run_layout
 from broker.types import EngineKind, Instance, Role, RouteRequest
 from frontend.breaker import Breaker
 from frontend.dispatch import Dispatcher, make_policies
@@ -132,12 +134,21 @@ class Frontend:
         self.time = Time()
         self.http, self.native = FakeUpstream(), FakeUpstream()
         self.breaker = Breaker(self.config.upstream.breaker_failures, self.config.upstream.breaker_secs)
-        self.dispatcher = Dispatcher(self.run.reader, self.counters, make_policies(self.config, 0), self.breaker)
+        self.prefixes = PrefixIndex.of_run(path, self.config, 0) if self._index(path) else None
+        policies = make_policies(self.config, 0, self.prefixes)
+        self.dispatcher = Dispatcher(self.run.reader, self.counters, policies, self.breaker)
         loop = cast("asyncio.AbstractEventLoop", self.time)
         self.forwarder = Forwarder(
             self.config, self.dispatcher, self.counters, self.http, self.native, loop, self.time.time
         )
         self.client = Client()
+
+    def _index(self, path: Path) -> bool:
+        """Makes the prefix index, if a policy asks for it."""
+        if need_index(self.config):
+            create_prefix(path, run_layout(self.config))
+            PrefixWriter.attach(path, run_layout(self.config), dict.fromkeys(self.slots.values(), 1))
+        return need_index(self.config)
 
     def close(self) -> None:
         self.run.__exit__()

@@ -214,7 +214,7 @@ def test_what_a_turn_has_to_say_is_one_message(line: Line) -> None:
     assert message.freed
     assert message.complete
     ticket = message.offered[0]
-    assert (ticket.model, ticket.cost, ticket.priority) == ("tiny", 7, 1)
+    assert (ticket.model, ticket.prompt, ticket.priority) == ("tiny", 7, 1)
     assert ticket.home in line.frontend.slots.values()
     assert ticket.deadline_ns - ticket.offered_ns == 900 * 10**9
 

@@ -137,6 +137,27 @@ def test_an_idle_instance_takes_from_a_busy_one_and_it_is_told_from_where(queue:
     assert queue.event(SchedulerEvent.TICKETS_STOLEN) == 1
 
 
+def test_what_a_ticket_says_of_its_prompt_decides_what_is_stolen(queue: Queue) -> None:
+    """The prompt of the first is cached where it waits, the second's nowhere, the third's at the thief as well."""
+    leases = queue.fill()
+    a, b = queue.slots[A], queue.slots[B]
+    for number, cached in enumerate(({a: 4000}, {}, {a: 4000, b: 4000}, {a: 2000, -7: 5, 10**9: -3}), 1):
+        queue.now += 1
+        ticket = wire.Ticket(number, Role.MIXED, "m", 5000, a, 1, "", queue.now, NEVER, cached)
+        queue.say(0, offered=[ticket])
+    queue.sweep()
+    queue.admission.tick(queue.now)
+    assert queue.cell(QueueColumn.TOKENS, A) == 1000 + 5000 + 1000 + 3000
+    order = []
+    while len(order) < 4:
+        leases[B].close()
+        (granted,) = queue.granted()
+        order.append(granted[1])
+        leases[B] = queue.take(0, B)
+        queue.say(0, taken=[granted[1]])
+    assert order == [2, 3, 4, 1]
+
+
 def test_nobody_steals_what_its_own_instance_has_room_for(queue: Queue) -> None:
     queue.offer(0, 1, home=B)
     queue.offer(0, 2, home=A)
