@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+import msgspec
 
 from broker import banner, check, config, supervisor
 from broker.config import Config
@@ -45,11 +46,29 @@ def config_options(command: F) -> F:
         ),
         click.option("--workers", type=click.IntRange(1, 1024), help="Frontend processes. [2]"),
         click.option("--shm-dir", help="Where shared memory is mapped. [/dev/shm]"),
+        click.option("--scheduler-name", type=click.Choice(["local", "global"]), help="global: hosts share. [local]"),
+        click.option("--scheduler-host", help="Host of Redis, for global. [127.0.0.1]"),
+        click.option("--scheduler-port", type=click.IntRange(1, 65535), help="Its port. [6379]"),
+        click.option("--scheduler-db", type=click.IntRange(0), help="Its database. [0]"),
+        click.option("--scheduler-password", help="Seen in the list of processes: rather PENSTOCK_SCHEDULER_PASSWORD."),
+        click.option("--scheduler-topic", help="Hosts with the same one share. [default]"),
+        click.option("--scheduler-ttl", type=click.FloatRange(0, min_open=True), help="Longest wait, in s. [900]"),
+        click.option("--scheduler-min-load-score", type=click.IntRange(1), help="Help from as many waiting. [3]"),
+        click.option("--scheduler-load-shards-num", type=click.IntRange(1, 1024), help="Sets of load. [1]"),
         click.option("--compat", type=click.Choice([*FACES]), default=PENSTOCK.name, help="How it speaks. [penstock]"),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+_SCHEDULER_FLAGS = {
+    "scheduler_ttl": ("scheduler", "queue-timeout-secs"),
+    **{
+        f"scheduler_{key.replace('-', '_')}": ("scheduler", key)
+        for key in ("name", "host", "port", "db", "password", "topic", "min-load-score", "load-shards-num")
+    },
+}
 
 
 def settle(
@@ -61,8 +80,12 @@ def settle(
     config_path: str | None = None,
     workers: int | None = None,
     shm_dir: str | None = None,
+    **scheduler: object,
 ) -> tuple[Config, list[str]]:
-    """The settings in force, and a sentence for each thing in the file that the face passes over."""
+    """The settings in force, and a sentence for each thing in the file that the face passes over.
+
+    `scheduler` are FastDeploy's flags, by their names.
+    """
     doubts: list[str] = []
 
     def prepare(tree: config.Tree) -> config.Tree:
@@ -78,6 +101,7 @@ def settle(
         ("server", "splitwise"): splitwise or None,
         ("server", "workers"): workers,
         ("shm", "dir"): shm_dir,
+        **{_SCHEDULER_FLAGS[flag]: value for flag, value in scheduler.items()},
     }
     return config.load(config_path, os.environ, flags, prepare=prepare, needs_port=face.needs_port), doubts
 
@@ -111,7 +135,8 @@ def serve(sim: int | str, **flags: Any) -> None:
 def check_settings(**flags: Any) -> None:
     """Check settings and register.yaml and print the settings in force, without starting anything."""
     settings, doubts = settle(FACES[flags.pop("compat")], **flags)
-    click.echo(config.dump(settings).decode())
+    shown = msgspec.structs.replace(settings.scheduler, password="***" if settings.scheduler.password else "")
+    click.echo(config.dump(msgspec.structs.replace(settings, scheduler=shown)).decode())
     found = check.fatal(settings) + doubts + check.doubtful(settings)
     for problem in found:
         click.echo(f"penstock: {problem}", err=True)

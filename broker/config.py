@@ -65,6 +65,21 @@ class Server(Section, frozen=True, forbid_unknown_fields=True):
 
 
 class Scheduler(Section, frozen=True, forbid_unknown_fields=True):
+    name: Literal["local", "global"] = "local"
+    """FastDeploy's: `global` lends and borrows room among the hosts of one Redis and topic (docs/cluster.md)."""
+    host: str = "127.0.0.1"
+    """Of Redis, as the next three."""
+    port: Port = 6379
+    db: Annotated[int, Meta(ge=0)] = 0
+    password: str = ""
+    topic: Annotated[str, Meta(min_length=1, max_length=128)] = "default"
+    """Only hosts with the same one know each other."""
+    min_load_score: Count = 3
+    """Requests that must wait at a host before others help it."""
+    load_shards_num: Annotated[int, Meta(ge=1, le=1024)] = 1
+    """Sorted sets that the hosts' load is split into; the same at all of them."""
+    unreachable: Literal["exit", "local"] = "exit"
+    """What a start with `global` does when Redis cannot be used. Later on, hosts always go on alone."""
     policy: PolicyName = "prefix_cost"
     prefill_policy: PolicyName = "prefix_cost"
     decode_policy: PolicyName = "request_num"
@@ -208,7 +223,8 @@ def load(
     for section, key in known():
         text = env.get(f"PENSTOCK_{section}_{key}".upper().replace("-", "_"))
         if text is not None:
-            _section(tree, section)[key] = yaml.safe_load(text)
+            # A password of digits is one all the same.
+            _section(tree, section)[key] = text if (section, key) == ("scheduler", "password") else yaml.safe_load(text)
     for (section, key), value in flags.items():
         if value is not None:
             _section(tree, section)[key] = value
