@@ -102,7 +102,7 @@ PENSTOCK = Face(
             "tokens=%(tokens)s outcome=%(outcome)s",
         ),
         Event.REJECTED: Line(logging.INFO, "id=%(id)s path=%(path)s status=%(status)d outcome=rejected"),
-        Event.REGISTERED: Line(logging.INFO, "registered %(url)s: %(engine)s %(role)s %(models)s"),
+        Event.REGISTERED: Line(logging.INFO, "registered %(url)s: %(engine)s %(role)s, models: %(models)s"),
         Event.LISTED_NOT_REGISTERED: Line(logging.ERROR, "%(url)s of %(path)s is not registered yet: %(error)s"),
         Event.LISTED_UNUSABLE: Line(logging.ERROR, "%(where)s: %(problem)s"),
         Event.UNANSWERED: Line(logging.DEBUG, "no answer from %(url)s: %(error)s"),

@@ -303,7 +303,8 @@ class Scheduler:
                 else:
                     self._tally.add(SchedulerEvent.REGISTRATIONS)
                     if changes != self._registry.changes:
-                        logger.info("registered %s: native %s %s", hello.endpoint, hello.role.name, hello.models)
+                        role, models = hello.role.name.lower(), ", ".join(hello.models)
+                        logger.info("registered %s: native %s, models: %s", hello.endpoint, role, models or "any")
             case wire.EngineGoodbye(incarnation=incarnation):
                 if self._registry.goodbye(incarnation, now):
                     logger.info("engine %s said goodbye", incarnation.hex())

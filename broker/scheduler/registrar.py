@@ -97,7 +97,7 @@ class Registrar:
                 url=url,
                 engine=instance.engine,
                 role=instance.role.name.lower(),
-                models=instance.models,
+                models=", ".join(instance.models) or "any",
             )
         return joined
 
