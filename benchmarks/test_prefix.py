@@ -19,7 +19,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from broker.policies.base import Vector
 from broker.policies.prefix_cost import PrefixCost
-from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, namespace, prefix_layout, text_keys
+from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, prefix_layout
+from broker.prefix.keys import namespace, text_keys
 from broker.types import RouteRequest, Trust
 from shm.hashtable import TableWriter
 from shm.segment import Segment

@@ -9,7 +9,8 @@ from typing import cast
 import pytest
 
 from broker.counters import TotalColumn
-from broker.prefix import BATCH_NOTICES, PrefixIndex
+from broker.prefix import PrefixIndex
+from broker.prefix.index import BATCH_NOTICES
 from broker.types import RouteRequest
 from broker.wire import RoutingNotices
 from frontend.notices import AT_ONCE, SEND_S, Notices

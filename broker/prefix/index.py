@@ -1,0 +1,205 @@
+"""A frontend's half of the prefix index: looks prompts up, and notes where they were sent."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.config import Config
+from broker.prefix.keys import BLOCKS, Vector, namespace, text_keys, token_keys
+from broker.prefix.layout import PREFIX, run_layout
+from broker.types import RouteRequest
+from broker.wire import RoutingNotices
+from shm.hashtable import HORIZON, TableReader
+from shm.segment import Layout, Segment
+
+BATCH_BYTES = 48 * 1024
+"""Keys in one message to the scheduler."""
+BATCH_NOTICES = 64
+"""Notices in one message: each costs the scheduler some 30 us, however short it is."""
+OUTBOX_BYTES = 1024 * 1024
+"""Keys that may wait to be sent; beyond, the oldest notices are lost."""
+PENDING = 128
+"""Own notices that the overlay keeps while they are not applied."""
+
+
+class Match(msgspec.Struct, frozen=True, gc=False):
+    """What the index knows of one prompt, at one moment."""
+
+    keys: Vector
+    """One per full block, at most the cap."""
+    blocks: float
+    """Length of the whole prompt in blocks; the last one need not be full, and the cap does not count."""
+    depths: Vector
+    """By slot: how many leading blocks the instance has been sent, without a hole."""
+    uses: NDArray[np.float64]
+    """How many recent requests began with the first block, the first two, ...; shorter than `keys` when deeper ones are
+    unknown. Recent: of the last `shm.hashtable.HORIZON` or so, older ones fading."""
+    requests: float
+    """How many recent requests there were at all, faded alike."""
+
+    def cached(self, prompt_tokens: int) -> dict[int, int]:
+        """Tokens of a prompt of that many that instances have been sent, by slot; who has none of it is left out."""
+        per_block = prompt_tokens / max(self.blocks, 1.0)
+        slots = self.depths.nonzero()[0].tolist()
+        return {slot: round(min(per_block * self.depths.item(slot), prompt_tokens)) for slot in slots}
+
+
+class _Notice(NamedTuple):
+    number: int
+    keys: Vector
+    slot: int
+    generation: int
+
+
+class PrefixIndex:
+    """A frontend's half: looks up prompts, and notes where they were sent. Reads shared memory, never writes it."""
+
+    def __init__(self, segment: Segment, frontend: int, *, block: int = 64, limit: int = BLOCKS) -> None:
+        self._table = TableReader(segment)
+        self._generations = segment.cells("generations")
+        self._applied = segment.cells("applied")
+        self._frontend = frontend
+        self.block = block
+        """Characters, or token ids, of a block."""
+        self._limit = limit
+        self._number = self._applied[frontend]
+        self._pending: deque[_Notice] = deque(maxlen=PENDING)
+        self._outbox: deque[_Notice] = deque()
+        self._outbox_keys = 0
+        self._last: tuple[RouteRequest | None, Vector, float] = (None, np.empty(0, dtype=np.int64), 0.0)
+        self._matched: Match | None = None
+        """Of the last request."""
+        self.lost = 0
+        """Notices given up because the scheduler did not take them in time."""
+        self.on_note: Callable[[], None] = lambda: None
+        """Hears that there is something to tell."""
+
+    @classmethod
+    def attach(
+        cls, run_dir: Path, layout: Layout, frontend: int, *, block: int = 64, limit: int = BLOCKS
+    ) -> PrefixIndex:
+        """Map the run's index, read-only. Raises SegmentError."""
+        return cls(Segment.attach(run_dir / PREFIX, layout), frontend, block=block, limit=limit)
+
+    @classmethod
+    def of_run(cls, run_dir: Path, config: Config, frontend: int) -> PrefixIndex:
+        """As these settings ask for. Raises SegmentError."""
+        block, limit = config.scheduler.cache_block_size, config.scheduler.prefix_blocks_per_prompt
+        return cls.attach(run_dir, run_layout(config), frontend, block=block, limit=limit)
+
+    def match(self, request: RouteRequest) -> Match:
+        """What is known of the request's prompt. The keys of the last request are kept: it may be picked for again."""
+        if not self._is_last(request):
+            self._last = (request, *self._keys(request))
+        _, keys, blocks = self._last
+        depths = np.zeros(len(self._generations), dtype=np.int64)
+        found = self._table.find(keys)
+        uses = found.uses
+        if found.runs:
+            alive = found.runs[0].members
+            start = 0
+            for run in found.runs:
+                _store(depths, alive & ~run.members, start)
+                alive &= run.members
+                start = run.stop
+            _store(depths, alive, start)
+        requests = HORIZON * -np.expm1(-self._table.tick / HORIZON)
+        if len(keys):
+            uses = self._overlay(keys, depths, uses)
+        self._matched = Match(keys, blocks, depths, uses, float(requests) + len(self._pending))
+        return self._matched
+
+    def matched(self, request: RouteRequest) -> Match:
+        """What `match` said of the request, if it is the last one; else what it says now."""
+        return self._matched if self._matched is not None and self._is_last(request) else self.match(request)
+
+    def _is_last(self, request: RouteRequest) -> bool:
+        """Whether it has the last one's prompt; the legs of a pair do."""
+        last = self._last[0]
+        return last is not None and (
+            request is last
+            or (request.prompt is last.prompt and request.prompt_ids is last.prompt_ids and request.model == last.model)
+        )
+
+    def _keys(self, request: RouteRequest) -> tuple[Vector, float]:
+        model = request.model or ""
+        if request.prompt_ids:
+            start = namespace(model, self.block, "token")
+            keys = token_keys(request.prompt_ids, self.block, start, self._limit)
+            return keys, len(request.prompt_ids) / self.block
+        start = namespace(model, self.block, "text")
+        return text_keys(request.prompt, self.block, start, self._limit), len(request.prompt) / self.block
+
+    def _overlay(self, keys: Vector, depths: Vector, uses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Adds the own notices that the scheduler has not applied yet."""
+        pending = self._pending
+        applied = self._applied[self._frontend]
+        while pending and pending[0].number <= applied:
+            pending.popleft()
+        first = keys[0]
+        for notice in pending:
+            if notice.keys[0] != first or self._generations[notice.slot] != notice.generation:
+                continue
+            shared = min(len(keys), len(notice.keys))
+            apart = np.flatnonzero(keys[:shared] != notice.keys[:shared])
+            depth = int(apart[0]) if len(apart) else shared
+            if depth > len(uses):
+                uses = np.concatenate((uses, np.zeros(depth - len(uses))))
+            uses[:depth] += 1.0
+            if depth > depths[notice.slot]:
+                depths[notice.slot] = depth
+        return uses
+
+    def note(self, match: Match, slot: int) -> None:
+        """The prompt goes to `slot`: seen by this frontend at once, by the others when a batch has been applied."""
+        if not len(match.keys):
+            return
+        self._number += 1
+        notice = _Notice(self._number, match.keys, slot, self._generations[slot])
+        self._pending.append(notice)
+        self._outbox.append(notice)
+        self._outbox_keys += len(notice.keys)
+        while self._outbox_keys * 8 > OUTBOX_BYTES:
+            self._outbox_keys -= len(self._outbox.popleft().keys)
+            self.lost += 1
+        self.on_note()
+
+    def batch(self) -> RoutingNotices | None:
+        """The next message to the scheduler; None when there is nothing to tell.
+
+        Called every few milliseconds while there is something, and sent without waiting; it need not arrive.
+        """
+        batch: list[_Notice] = []
+        size = 0
+        while (
+            self._outbox
+            and len(batch) < BATCH_NOTICES
+            and (size := size + 8 * len(self._outbox[0].keys)) <= BATCH_BYTES
+        ):
+            batch.append(self._outbox.popleft())
+        if not batch:
+            return None
+        self._outbox_keys -= sum(len(notice.keys) for notice in batch)
+        return RoutingNotices(
+            self._frontend,
+            batch[-1].number,
+            [notice.slot for notice in batch],
+            [notice.generation for notice in batch],
+            [len(notice.keys) for notice in batch],
+            np.concatenate([notice.keys for notice in batch]).tobytes(),
+        )
+
+
+def _store(depths: Vector, members: int, depth: int) -> None:
+    """`depth` for each bit of `members`."""
+    while members:
+        low = members & -members
+        depths[low.bit_length() - 1] = depth
+        members ^= low
