@@ -141,7 +141,7 @@ def _serves(role: Role, models: Collection[str], ticket: TicketRecord) -> bool:
 
 def _gains(ticket: TicketRecord, position: int, token_ms: float) -> bool:
     """`position` of its home's line, from 1. Without experience any instance that is idle is better than waiting."""
-    return ticket.pace_ms is None or ticket.cost * token_ms <= position * ticket.pace_ms
+    return ticket.pace_ms is None or ticket.prompt * token_ms <= position * ticket.pace_ms
 
 
 def _cached(ticket: TicketRecord) -> int:

@@ -23,7 +23,7 @@ def ticket(
     *,
     role: Role = Role.MIXED,
     model: str | None = "m",
-    cost: int = 100,
+    prompt: int = 100,
     cached: int = 0,
     priority: int = 1,
     waited: int = 0,
@@ -31,12 +31,17 @@ def ticket(
     pace: float | None = None,
     claimed: bool = False,
 ) -> TicketRecord:
-    return TicketRecord(ident, 1, role, model, cost, cached, priority, waited, home, pace, claimed)
+    return TicketRecord(ident, 1, role, model, prompt, cached, priority, waited, home, pace, claimed)
 
 
 def host(name: str, line: list[TicketRecord], *, machine: str = MACHINE, tickets: int | None = None) -> HostLoad:
     return HostLoad(
-        name, f"{name}-term", machine, len(line) if tickets is None else tickets, sum(t.cost for t in line), tuple(line)
+        name,
+        f"{name}-term",
+        machine,
+        len(line) if tickets is None else tickets,
+        sum(t.prompt - t.cached for t in line),
+        tuple(line),
     )
 
 
@@ -115,26 +120,26 @@ def test_an_instance_serves_the_models_that_it_names_or_all(
 @pytest.mark.parametrize(("pace", "moves"), [(20.0, True), (19.9, False), (None, True), (0.0, False)])
 def test_a_ticket_moves_unless_reading_its_prompt_takes_longer_than_its_wait(pace: float | None, moves: bool) -> None:
     """100 tokens take 20 ms."""
-    assert first([ticket("t", cost=100, pace=pace)]) == ("t" if moves else None)
+    assert first([ticket("t", prompt=100, pace=pace)]) == ("t" if moves else None)
 
 
 def test_a_ticket_far_back_expects_to_wait_for_all_before_it_at_its_home() -> None:
-    tickets = [ticket(f"t{k}", cost=100, pace=7.0) for k in range(5)]
+    tickets = [ticket(f"t{k}", prompt=100, pace=7.0) for k in range(5)]
     assert first(tickets) == "t2", "the third waits 21 ms, and would be read in 20"
 
 
 def test_those_of_other_homes_are_not_waited_for() -> None:
-    tickets = [ticket(f"t{k}", cost=100, pace=7.0, home=k) for k in range(5)]
+    tickets = [ticket(f"t{k}", prompt=100, pace=7.0, home=k) for k in range(5)]
     assert first(tickets) is None
 
 
 def test_those_about_to_leave_are_not_waited_for() -> None:
-    tickets = [ticket(f"t{k}", cost=100, pace=7.0) for k in range(5)]
+    tickets = [ticket(f"t{k}", prompt=100, pace=7.0) for k in range(5)]
     assert first(tickets, skip={"t0"}) == "t3"
 
 
 def test_those_that_only_others_can_serve_are_waited_for() -> None:
-    tickets = [ticket("p", model="n", pace=15.0), ticket("t", cost=100, pace=15.0)]
+    tickets = [ticket("p", model="n", pace=15.0), ticket("t", prompt=100, pace=15.0)]
     assert first(tickets, models=("m",)) == "t"
 
 
@@ -144,7 +149,7 @@ def test_what_is_cached_at_home_stays_while_others_are_next_as_well() -> None:
 
 def test_what_the_thief_would_have_to_read_is_the_whole_prompt() -> None:
     """That the victim has 90 of 100 tokens cached makes the ticket cheap there, and there alone."""
-    assert first([ticket("t", cost=100, cached=90, pace=10.0)]) is None
+    assert first([ticket("t", prompt=100, cached=90, pace=10.0)]) is None
 
 
 def test_of_equally_cached_tickets_the_first_goes() -> None:
@@ -278,7 +283,7 @@ def hosts(draw: st.DrawFn) -> list[HostLoad]:
                 f"t{k}",
                 role=draw(roles),
                 model=draw(st.none() | names),
-                cost=draw(st.integers(1, 300)),
+                prompt=draw(st.integers(1, 300)),
                 cached=draw(st.integers(0, 50)),
                 priority=draw(st.integers(0, 2)),
                 waited=draw(st.integers(0, 9)),
@@ -355,5 +360,5 @@ def test_who_gets_the_place_passes_nobody_that_loses_as_little(
         for position, passed in enumerate(before):
             ahead = sum(t.home == passed.home for t in victim.line[: position + 1])
             serves = passed.role == role and (passed.model is None or not models or passed.model in models)
-            gains = passed.pace_ms is None or passed.cost * TOKEN_MS <= ahead * passed.pace_ms
+            gains = passed.pace_ms is None or passed.prompt * TOKEN_MS <= ahead * passed.pace_ms
             assert not (serves and gains) or (passed.cached > chosen.cached and passed.priority == chosen.priority)
