@@ -1,7 +1,7 @@
 """How many more requests an instance should get now: the one rule, for frontends that choose and for the scheduler
 that grants.
 
-    room = limit - others - in flight - reserved
+    room = limit - max(others, lent) - in flight - reserved
 
     limit      the capacity it registered or reported (a native engine's credit), else `scheduler.instance-capacity`.
                Nothing known: none, until its reports show that it is full. Then, and for HTTP engines whose KV cache is
@@ -10,6 +10,8 @@ that grants.
     others     HTTP engines: what they report beyond what this host had sent them then
     in flight  from all frontends of this host, live
     reserved   granted to waiting requests that have not taken their lease yet
+    lent       places that other hosts have or are offered (`broker.cluster`). They are among the others as well, once
+               the engine has reported them: the greater of the two counts
 
 An engine shows that it is full by requests that wait in two reports running, or by 95 % of its KV cache in use; reports
 that are too old show nothing. One that has shown it, and does no longer, opens step by step: see `opening`.
@@ -42,19 +44,21 @@ class Saturation:
         self._table = table
         self._default = instance_capacity
         self._clock = clock
-        self._reserved = len(table.queue) // len(QueueColumn) * QueueColumn.RESERVED
+        slots = len(table.queue) // len(QueueColumn)
+        self._reserved = slots * QueueColumn.RESERVED
+        self._lent = slots * QueueColumn.LENT
 
     def room(self, slot: int) -> int:
         """Of a candidate of the last view; UNLIMITED, or at most 0 when it is saturated."""
         limit = self._table.snapshot.item(_CAPACITY, slot) or self._default
         if limit and self._table.instance(slot).engine is EngineKind.NATIVE:
-            return limit - self._taken(slot)
-        others = 0
+            return limit - self._lent_at(slot) - self._taken(slot)
+        others = self._lent_at(slot)
         row: list[int] = self._table.snapshot[:, slot].tolist()
         if self._is_fresh(row):
             running, waiting = row[Column.RUNNING], row[Column.WAITING]
             if running >= 0 and waiting >= 0:
-                others = max(0, running + waiting - row[Column.IN_FLIGHT_THEN])
+                others = max(others, running + waiting - row[Column.IN_FLIGHT_THEN])
             full = row[Column.KV_PERMILLE] >= FULL_KV_PERMILLE
             if full or (not limit and row[Column.WAITED] >= FULL_REPORTS):
                 # As many as it runs: with fewer it would idle until its next report.
@@ -74,7 +78,7 @@ class Saturation:
         if not self._is_fresh(row):
             return UNLIMITED
         then = row[Column.IN_FLIGHT_THEN]
-        return max(1, then // STEP) - max(0, self._taken(slot) - then)
+        return max(1, then // STEP) - max(0, self._taken(slot) + self._lent_at(slot) - then)
 
     def is_held(self, slot: int) -> bool:
         """Whether requests wait that the instance could serve."""
@@ -83,6 +87,10 @@ class Saturation:
     def _taken(self, slot: int) -> int:
         reserved: int = self._table.queue[self._reserved + slot]
         return reserved + self._table.counters.requests(slot)
+
+    def _lent_at(self, slot: int) -> int:
+        lent: int = self._table.queue[self._lent + slot]
+        return lent
 
     def _is_fresh(self, row: list[int]) -> bool:
         reported_ns = row[Column.REPORTED_NS]

@@ -92,6 +92,7 @@ class QueueColumn(IntEnum):
     GRANTED = 4  # since the slot's generation began, as the next two
     STOLEN = 5  # of those granted: from another instance's queue
     ROBBED = 6  # tickets that preferred the instance and were granted to another
+    LENT = 7  # places that requests of other hosts have, or are offered
 
 
 class Cell(IntEnum):
@@ -100,6 +101,16 @@ class Cell(IntEnum):
     USED = 2  # slots below it have ever been used
     BEAT_NS = 3  # CLOCK_MONOTONIC of the scheduler's last sign of life
     READY = 4  # 1 once the configured instances have had their first chance
+    CLUSTER = 5  # `ClusterState`
+    HOSTS = 6  # members of the cluster, this one included; 0 = not joined
+
+
+class ClusterState(IntEnum):
+    """Of the global scheduler at this host (`broker.cluster`)."""
+
+    OFF = 0  # `scheduler.name` is local
+    JOINED = 1
+    AWAY = 2  # Redis cannot be used: the host goes on alone
 
 
 class SchedulerEvent(IntEnum):
@@ -121,6 +132,15 @@ class SchedulerEvent(IntEnum):
     TICKETS_REFUSED = 13  # the queue was full, or nobody serves them any more
     NOTICES_APPLIED = 14  # prompts entered into the prefix index
     NOTICES_DROPPED = 15  # for an instance that is gone, or more than could be entered in time
+    CLUSTER_OFFERED = 16  # places of ours that were offered to another host
+    CLUSTER_LENT = 17  # of those: accepted
+    CLUSTER_BORROWED = 18  # requests of ours that were granted an instance of another host
+    CLUSTER_DECLINED = 19  # offers to us that nobody needed any more
+    CLUSTER_RETURNED = 20  # places of ours that were given back
+    CLUSTER_EXPIRED = 21  # places of ours whose lease ran out
+    CLUSTER_IGNORED = 22  # records in Redis that are foreign, or of another version
+    CLUSTER_ROUND_TRIPS = 23  # to Redis
+    CLUSTER_LOST = 24  # times that Redis went away, or forgot us
 
 
 def load_layout(slots: int) -> Layout:

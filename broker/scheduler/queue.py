@@ -72,6 +72,8 @@ class Ticket(NamedTuple):
     deadline_ns: int
     cached: Mapping[int, int] = {}
     """Tokens of the prompt that instances have cached, by slot; where nothing is known, nothing is."""
+    model: str | None = None
+    """As its client named it; the pool knows only names that this host serves."""
 
     def cost_at(self, slot: int) -> int:
         """Tokens that the instance in `slot` would have to compute, at least 1."""
@@ -151,6 +153,13 @@ class _Sorted:
     def waiting(self) -> Iterator[_Place]:
         places = chain((item[1] for item in self._punctual), (item[2] for item in self._late))
         return (place for place in places if place.waits)
+
+    def first(self, limit: int) -> list[tuple[int, _Place]]:
+        """The oldest that wait, with their times, in order."""
+        self.head()
+        punctual = [item for item in islice(self._punctual, limit * LOOK) if item[1].waits][:limit]
+        late = [(at, place) for at, _, place in heapq.nsmallest(limit, self._late) if place.waits]
+        return sorted(punctual + late, key=_time)[:limit] if late else punctual
 
     def left(self) -> None:
         """One of the places here waits no more."""
@@ -280,6 +289,7 @@ class AdmissionQueue:
         self._pools: dict[Pool, dict[int, Home]] = {}
         self._paces: dict[int, _Pace] = {}
         self._deadlines = _Sorted()
+        self._ages = _Sorted()
         self.tokens = 0
         """What all tickets cost at home."""
 
@@ -310,6 +320,18 @@ class AdmissionQueue:
                 tickets, tokens = found.get(slot, (0, 0))
                 found[slot] = tickets + home.count, tokens + home.tokens
         return found
+
+    def front(self, limit: int) -> list[tuple[int, Ticket]]:
+        """Who is next, whatever its home, by age and priority; fairness keys have their turns within a host only.
+
+        With each ticket goes what orders it among all of them.
+        """
+        return [(at, place.ticket) for at, place in self._ages.first(limit)]
+
+    def pace_ns(self, slot: int) -> float | None:
+        """Mean time between two tickets that the instance takes; None without experience."""
+        pace = self._paces.get(slot)
+        return None if pace is None else pace.mean_ns
 
     # -- coming and going ----------------------------------------------------------------------------------
 
@@ -409,6 +431,15 @@ class AdmissionQueue:
             self._paces[slot].took(now_ns)
         return Grant(place.ticket, slot)
 
+    def lend(self, ident: Ident) -> Ticket | None:
+        """For an instance of another host: the ticket waits no more, and its line is charged. None: it is not here."""
+        place = self._places.get(ident)
+        if place is None:
+            return None
+        place.line.credit -= place.cost
+        self._leave(place)
+        return place.ticket
+
     # -- one place each ------------------------------------------------------------------------------------
 
     def _enter(self, ticket: Ticket, now_ns: int) -> _Place:
@@ -423,6 +454,7 @@ class AdmissionQueue:
                 pace.since_ns = now_ns
         place = self._places[ticket.ident] = home.enter(ticket)
         self._deadlines.push(ticket.deadline_ns, place)
+        self._ages.push(ticket.offered_ns + ticket.priority * self._aging_ns, place)
         self.tokens += place.cost
         return place
 
@@ -431,6 +463,7 @@ class AdmissionQueue:
         del self._places[ticket.ident]
         home.leave(place)
         self._deadlines.left()
+        self._ages.left()
         self.tokens -= place.cost
         if not home.count:
             homes = self._pools[ticket.pool]
@@ -446,6 +479,10 @@ class AdmissionQueue:
 
 def _age(aged: tuple[int, Line]) -> int:
     return aged[0]
+
+
+def _time(item: tuple[int, _Place]) -> int:
+    return item[0]
 
 
 def _offered(place: _Place) -> int:
