@@ -18,6 +18,8 @@ from broker.types import Instance, Role
 
 WINDOW = 64
 """Tickets that a host publishes: the first in its line."""
+MOST_SETS = 1024
+"""Sorted sets of load; `scheduler.load-shards-num`."""
 MAX_RECORD_BYTES = 16 * 1024
 """Longer ones are not looked at; an instance takes 8 KiB at most."""
 
@@ -40,6 +42,8 @@ class Place(NamedTuple):
     """Requests that it could take, at least 1."""
     machine: str | None
     """The only machine that can reach it; None: every host can."""
+    own_waited_ms: int | None = None
+    """How long the next of this host's own tickets that could have it has waited; None: there is none."""
 
 
 class TicketRecord(NamedTuple):

@@ -57,8 +57,9 @@ def place(
     role: Role = Role.MIXED,
     models: tuple[str, ...] = (),
     machine: str | None = None,
+    own: int | None = None,
 ) -> Place:
-    return Place(slot, role, models, room, machine)
+    return Place(slot, role, models, room, machine, own)
 
 
 def planned(
@@ -229,6 +230,22 @@ def test_of_two_hosts_that_is_robbed_whose_next_has_waited_longer() -> None:
     for seed in range(50):
         (theft,) = planned([place()], [young, old], seed=seed)
         assert theft.victim is old
+
+
+@pytest.mark.parametrize(
+    ("own", "elsewhere", "stolen"), [(0, 500, 0), (0, 501, 1), (1000, 2500, 0), (1000, 2501, 1), (None, 0, 1)]
+)
+def test_a_place_is_for_its_own_hosts_tickets_unless_another_has_waited_far_longer(
+    own: int | None, elsewhere: int, stolen: int
+) -> None:
+    waiting = [t._replace(waited_ms=elsewhere) for t in line(5)]
+    assert len(planned([place(own=own)], [host("a", waiting)])) == stolen
+
+
+def test_of_few_named_those_that_are_no_elders_are_not() -> None:
+    waiting = [ticket("old", waited=9000), *(ticket(f"young{k}", waited=10) for k in range(5))]
+    named = {planned([place(own=100)], [host("a", waiting)], seed=seed)[0].ticket.ident for seed in range(50)}
+    assert named == {"old"}
 
 
 def test_a_host_that_has_nothing_for_the_place_does_not_hide_one_that_has() -> None:
