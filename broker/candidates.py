@@ -16,7 +16,8 @@ from broker.types import Instance
 
 Vector = NDArray[np.int64]
 
-_LOAD_COLUMNS = slice(int(Column.TRUST), Column.IN_FLIGHT_THEN + 1)
+FIRST = int(Column.TRUST)
+_LOAD_COLUMNS = slice(FIRST, Column.IN_FLIGHT_THEN + 1)
 """The columns that a view shows."""
 _NEVER = 2**63 - 1
 
@@ -57,15 +58,19 @@ class Candidates:
         return Candidates(self.slots[kept], self.generations)
 
     def column(self, snapshot: Vector, stamp: int, column: int) -> Vector:
-        """The cells of a column of the load over the candidates, kept while `stamp` stands. Read-only."""
+        """The cells of a column of the load over the candidates. Read-only."""
+        cells: Vector = self.columns(snapshot, stamp)[column - FIRST]
+        return cells
+
+    def columns(self, snapshot: Vector, stamp: int) -> Vector:
+        """All columns of the load that a view shows, from `FIRST` on, kept while `stamp` stands. Read-only."""
         if stamp != self._stamp:
             # All nine at once: 0.7 us for 8 candidates, where six single ones take 3.4; for 1,024 both take 8.
             self._columns = snapshot[_LOAD_COLUMNS].take(self.slots, axis=1)
             self._columns.setflags(write=False)
             self._report = None
             self._stamp = stamp
-        cells: Vector = self._columns[column - _LOAD_COLUMNS.start]
-        return cells
+        return self._columns
 
     def report(self, snapshot: Vector, stamp: int, now_ns: int, stale_after_ns: int) -> tuple[Vector, Vector]:
         """What the reports that count add to the live counters, and the trust in each report."""

@@ -19,12 +19,13 @@ What is kept between decisions, and until when:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from broker.candidates import Candidates, Entry, Group, Vector, by_url
+from broker.candidates import FIRST, Candidates, Entry, Group, Vector, by_url
 from broker.config import Config
 from broker.counters import CounterColumn, CountersReader, attach_counters
 from broker.errors import UNDECODABLE, ModelNotFound, NoInstance
@@ -53,13 +54,30 @@ _ALIVE_NS = int(6 * BEAT_S * 1e9)
 """The scheduler counts as alive this long after its last beat."""
 
 
+class Seen(NamedTuple):
+    """What a decision saw of its candidates: vectors alike; None = it did not look."""
+
+    slots: Vector
+    generations: Mapping[int, int]
+    """By slot; may know more than the candidates'."""
+    in_flight: Vector | None
+    """Live at that moment, as `tokens`."""
+    tokens: Vector | None
+    running: Vector | None
+    """As last reported."""
+    waiting: Vector | None
+    reported_ns: Vector | None
+    """When; 0 = never."""
+    now_ns: int
+
+
 class View:
     """Vectors over the candidates of one decision, all int64 and sorted alike, by URL; never empty.
 
     Those that come from reports are read-only and shared with other views; UNKNOWN (-1) = the engine did not say.
     """
 
-    __slots__ = ("_candidates", "_in_flight", "_now_ns", "_reader", "_tokens")
+    __slots__ = ("_candidates", "_in_flight", "_now_ns", "_reader", "_reports", "_tokens")
 
     def __init__(self, reader: TableReader, candidates: Candidates, now_ns: int) -> None:
         self._reader = reader
@@ -67,6 +85,7 @@ class View:
         self._now_ns = now_ns
         self._in_flight: Vector | None = None
         self._tokens: Vector | None = None
+        self._reports: Vector | None = None  # the columns of the load, once one of them was looked at
 
     def __len__(self) -> int:
         return len(self._candidates.slots)
@@ -135,12 +154,26 @@ class View:
         np.maximum(load, 0, out=load)
         return load
 
+    @property
+    def seen(self) -> Seen:
+        """What the decision has looked at, and nothing else. To be asked for at any time."""
+        reports, in_flight, tokens = self._reports, self._in_flight, self._tokens
+        running = waiting = reported_ns = None
+        if reports is not None:
+            running, waiting = reports[Column.RUNNING - FIRST], reports[Column.WAITING - FIRST]
+            reported_ns = reports[Column.REPORTED_NS - FIRST]
+        generations = self._candidates.generations
+        return Seen(self.slots, generations, in_flight, tokens, running, waiting, reported_ns, self._now_ns)
+
     def _report(self) -> tuple[Vector, Vector]:
         reader = self._reader
+        self._reports = self._candidates.columns(reader.snapshot, reader.stamp)
         return self._candidates.report(reader.snapshot, reader.stamp, self._now_ns, reader.stale_after_ns)
 
     def _column(self, column: int) -> Vector:
-        return self._candidates.column(self._reader.snapshot, self._reader.stamp, column)
+        self._reports = self._candidates.columns(self._reader.snapshot, self._reader.stamp)
+        cells: Vector = self._reports[column - FIRST]
+        return cells
 
     def __repr__(self) -> str:
         return f"View(slots={self.slots.tolist()})"

@@ -35,6 +35,20 @@ class Weighing(NamedTuple):
     reason: str = ""
 
 
+class Why(msgspec.Struct, frozen=True, gc=False):
+    """What decided a choice beyond what the view shows. Vectors over the candidates, kept as they are: reading them is
+    for whoever asks, later."""
+
+    scores: Vector | NDArray[np.float64]
+    """The least wins."""
+    depths: Vector | None = None
+    """Leading blocks of the prompt that each had been sent; None: its prompt did not count."""
+    blocks: float = 0.0
+    """Of the prompt; the last one need not be full."""
+    reason: str = ""
+    """Why the prompt did not count."""
+
+
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """The settings that policies read, the same for all of them."""
 
@@ -101,6 +115,10 @@ class Policy(Picker, Protocol):
     def counts_prompts(self) -> bool:
         """Tokens are the work that waits: they count until the answer begins. Else as long as the request."""
 
+    @property
+    def why(self) -> Why | None:
+        """How the last pick came about; None where the view says it all."""
+
     def tokens(self, request: RouteRequest, slot: int) -> int:
         """Prompt tokens that the request is to count at the instance in `slot`, whoever chose it."""
 
@@ -116,6 +134,7 @@ class WholePrompts:
     original's rule. Nothing is remembered of it."""
 
     counts_prompts = False
+    why: Why | None = None
 
     def __init__(self, picker: Picker) -> None:
         self.pick = picker.pick

@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 
-from broker.policies.base import Loads, Options, Vector, Weighing, least
+from broker.policies.base import Loads, Options, Vector, Weighing, Why, least
 from broker.prefix import PrefixIndex
 from broker.types import RouteRequest
 
@@ -32,6 +32,7 @@ class CacheAware:
         self._index = index
         self._by_load: RouteRequest | None = None
         """The request picked for last, if its prompt had no part in it."""
+        self.why: Why | None = None
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
         return self.decide(request, view, view.in_flight)
@@ -45,16 +46,19 @@ class CacheAware:
         if uneven or not (request.prompt or request.prompt_ids):
             slot = int(view.slots[least(view.tokens, self._rng)])
             self._by_load = request
+            reason = "load imbalanced" if uneven else "tokenize failed: empty prompt"
+            self.why = Why(view.tokens, reason=reason)
             if options.on_weighed is not None:
-                reason = "load imbalanced" if uneven else "tokenize failed: empty prompt"
                 options.on_weighed(Weighing(view.slots, loads, None, slot, reason))
             return slot
         self._by_load = None
         match = self._index.match(request)
-        hits = match.depths[view.slots] * 100 // max(len(match.keys), 1)
+        depths = match.depths[view.slots]
+        hits = depths * 100 // max(len(match.keys), 1)
         scores = (100 - hits) / 100 * options.hit_ratio_weight
         if most:
             scores += loads / most * options.load_balance_weight
+        self.why = Why(scores, depths, match.blocks)
         best = np.flatnonzero(scores == scores.min())
         slot = int(view.slots[best[least(view.tokens[best], self._rng)]])
         if options.on_weighed is not None:

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.policies.base import Loads, least
+from broker.policies.base import Loads, Why, least
 from broker.prefix import Match, PrefixIndex
 from broker.types import RouteRequest
 
@@ -64,6 +64,7 @@ class PrefixCost:
         """Uncached tokens of a request."""
         self._spent: Costs = np.zeros(0)
         """Uncached tokens sent to each slot by this frontend, fading."""
+        self.why: Why | None = None
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
         slots = view.slots
@@ -82,8 +83,8 @@ class PrefixCost:
         crowd = (in_flight - mean) / (mean + FEW)
         cost += CROWDED * self._mean * crowd * np.sqrt(np.abs(crowd))
 
-        best = least(cost, self._rng)
-        return int(slots[best])
+        self.why = Why(cost, depths, match.blocks)
+        return int(slots[least(cost, self._rng)])
 
     def tokens(self, request: RouteRequest, slot: int) -> int:
         """Prompt tokens that the instance has to compute."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from broker.policies.base import Loads, Options
+from broker.policies.base import Loads, Options, Why
 from broker.policies.cache_aware import CacheAware
 from broker.prefix import PrefixIndex
 from broker.types import RouteRequest
@@ -24,6 +24,10 @@ class RemoteCacheAware:
         self.tokens = self._rule.tokens
         self.placed = self._rule.placed
         self.cached = self._rule.cached
+
+    @property
+    def why(self) -> Why | None:
+        return self._rule.why
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
         return self._rule.decide(request, view, view.load)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from broker.counters import CounterColumn
 from broker.errors import ModelNotFound, NoInstance
+from broker.lease import take
 from broker.policies.base import Loads
 from broker.table import UNKNOWN, Cell, Column, State
 from broker.types import LoadReport, Role, Trust
@@ -365,6 +366,24 @@ def test_the_oldest_fresh_report_bounds_what_is_kept(run: Run) -> None:
     run.clock.advance(4.5)
     assert run.reader.view(MIXED, "a").load.tolist() == [0]
     assert run.reader.view(MIXED, "b").load.tolist() == [6]
+
+
+def test_a_view_remembers_what_was_looked_at_as_it_was_then(run: Run) -> None:
+    slot = run.admit("http://a")
+    run.writer.report(slot, LoadReport(running=3, waiting=1), run.clock())
+    counters = run.frontend(0)
+    unseen, seen = run.reader.view(MIXED, None), run.reader.view(MIXED, None)
+    assert seen.load.tolist() == [4]
+    reported_ns = run.clock()
+    run.clock.advance(1.0)
+    run.writer.report(slot, LoadReport(running=9, waiting=9), run.clock())
+    assert take(run.reader, counters, slot, 1, 5) is not None
+    assert run.reader.view(MIXED, None).load.tolist() == [19]
+    told = seen.seen
+    shown = [None if vector is None else vector.tolist() for vector in told[2:7]]
+    assert shown == [[0], None, [3], [1], [reported_ns]]
+    assert told.now_ns == reported_ns
+    assert unseen.seen[2:-1] == (None,) * 5
 
 
 def test_columns_fit_the_matrix(run: Run) -> None:

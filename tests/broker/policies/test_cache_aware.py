@@ -93,6 +93,19 @@ def test_an_even_choice_is_recorded_where_the_request_goes(
     assert prefixes.who_has(PROMPT) == {slot: 4, 110: 4}
 
 
+def test_it_says_what_decided(prefixes: Prefixes) -> None:
+    prefixes.sent(PROMPT[:8], 101)
+    rule = policy(prefixes)
+    assert rule.pick(REQUEST, FakeLoads(2)) == 101
+    assert rule.why is not None
+    assert rule.why.scores.tolist() == [1.0, 0.5]
+    assert rule.why.depths is not None
+    assert rule.why.depths.tolist() == [0, 2]
+    rule.pick(REQUEST, FakeLoads(2).having(in_flight=[9, 0], tokens=[1, 2]))
+    assert rule.why.depths is None
+    assert rule.why.reason == "load imbalanced"
+
+
 @pytest.mark.parametrize(("tokens", "slot"), [([5, 6], 100), ([6, 5], 101)])
 def test_hits_are_whole_percents_of_the_full_blocks(prefixes: Prefixes, tokens: list[int], slot: int) -> None:
     """2 of 3 blocks is 66, so that 100 has 0.34 + 100/100 x 0.66, and 101 has 1 + 0: equal, and tokens decide."""

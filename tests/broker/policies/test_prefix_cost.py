@@ -123,6 +123,18 @@ def test_what_is_only_considered_is_not_noted(prefixes: Prefixes) -> None:
     assert prefixes.who_has(HEAD) == {105: len(HEAD) // BLOCK}
 
 
+def test_it_says_what_decided(prefixes: Prefixes) -> None:
+    prefixes.sent(HEAD, 102)
+    policy = fresh(prefixes)
+    assert policy.why is None
+    slot = policy.pick(ask(HEAD + "12"), FakeLoads(4))
+    assert policy.why is not None
+    assert policy.why.scores.argmin() == slot - 100 == 2
+    assert policy.why.depths is not None
+    assert policy.why.depths.tolist() == [0, 0, len(HEAD) // BLOCK, 0]
+    assert policy.why.blocks == (len(HEAD) + 2) / BLOCK
+
+
 def test_it_says_what_each_instance_has_cached(prefixes: Prefixes) -> None:
     prefixes.sent(HEAD, 102)
     prefixes.sent(HEAD[: 7 * BLOCK], 103)
