@@ -199,7 +199,8 @@ class TableWriter:
         self._segment = load
         self._counters_segment = counters
         self._rest_ns = rest_ns
-        self._cells = load.cells("cells")
+        self.cells = self._cells = load.cells("cells")
+        """By Cell; CLUSTER and HOSTS are the cluster member's."""
         self.events = load.cells("events")
         """By SchedulerEvent; the scheduler counts here directly."""
         self.queue = load.cells("queue")

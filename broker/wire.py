@@ -106,6 +106,14 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     `MOST_CACHED`, and of its home."""
 
 
+class RemoteLease(msgspec.Struct, frozen=True, array_like=True):
+    """A place at an instance of another host (`broker.cluster`)."""
+
+    lease: str
+    host: str
+    """The id of the host that lends it."""
+
+
 class Tickets(msgspec.Struct, frozen=True, array_like=True, tag=5):
     """What one turn of a frontend's loop has to say to the queue. Everything in it may be said twice."""
 
@@ -123,6 +131,10 @@ class Tickets(msgspec.Struct, frozen=True, array_like=True, tag=5):
     complete: bool = True
     """Everything that waits at the frontend has been offered. A new scheduler grants nothing until all say so, as the
     oldest ticket may be the last one to be offered."""
+    held: list[RemoteLease] = []
+    """Requests run there; said again to a new scheduler, which renews the leases."""
+    ended: list[RemoteLease] = []
+    """Requests that ran there are over."""
 
 
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=7):
@@ -143,6 +155,12 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 class CheckHealth(msgspec.Struct, frozen=True, array_like=True, tag=9):
     """`GET /health_generate`: every prefill and decode instance is asked now. Answered by a `Reply`."""
+
+    call: int
+
+
+class ShowCluster(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """Who shares with this host (`scheduler.name: global`). Answered by a `Reply`."""
 
     call: int
 
@@ -172,6 +190,19 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     """The slot in whose line it stood."""
 
 
+class RemoteGrant(msgspec.Struct, frozen=True, array_like=True):
+    """The ticket's request may be sent to an instance of another host, which keeps a place for it."""
+
+    number: int
+    lease: RemoteLease
+    name: str
+    """The host's, for people."""
+    instance: bytes
+    """`broker.types.Instance` in msgpack."""
+    home: int
+    """The slot in whose line it stood."""
+
+
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
     """The queue does not take the ticket: it is full."""
 
@@ -189,6 +220,7 @@ class Grants(msgspec.Struct, frozen=True, array_like=True, tag=18):
     """Nobody serves them any more: choose again."""
     again: bool = False
     """Grants were not heeded in time; whatever still waits must be offered again."""
+    remote: list[RemoteGrant] = []
 
 
 class EndRequests(msgspec.Struct, frozen=True, array_like=True, tag=19):
@@ -324,7 +356,9 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="Load"):
     kv_permille: int = -1
 
 
-FrontendToScheduler = FrontendHello | Register | Drain | RoutingNotices | Tickets | AbortRequests | Ended | CheckHealth
+FrontendToScheduler = (
+    FrontendHello | Register | Drain | RoutingNotices | Tickets | AbortRequests | Ended | CheckHealth | ShowCluster
+)
 SchedulerToFrontend = Welcome | Reply | Grants | EndRequests
 EngineToScheduler = EngineHello | EngineBeat | EngineGoodbye
 SchedulerToEngine = Accepted | Refused | SchedulerBeat | HelloAgain

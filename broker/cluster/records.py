@@ -163,7 +163,7 @@ as_host = msgspec.msgpack.Decoder(HostRecord)
 as_load = msgspec.msgpack.Decoder(LoadRecord)
 as_waiting = msgspec.msgpack.Decoder(Waiting)
 as_letter: msgspec.msgpack.Decoder[Letter] = msgspec.msgpack.Decoder(Letter)
-_as_instance = msgspec.msgpack.Decoder(Instance)
+as_instance = msgspec.msgpack.Decoder(Instance)
 
 
 def decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
@@ -178,8 +178,3 @@ def decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
 
 def encode_instance(instance: Instance) -> bytes:
     return encode(instance)
-
-
-def decode_instance(data: bytes) -> Instance:
-    """Raises `ForeignRecord`."""
-    return decode(_as_instance, data)

@@ -18,9 +18,8 @@ wake; what matters lies in keys, and is looked for at every beat as well.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
 import redis.asyncio
@@ -58,20 +57,28 @@ class TermOver(Exception):
     """Redis does not know this term of ours: it came back empty, or we were silent for too long."""
 
 
-class Ticket(NamedTuple):
-    """To be published."""
+class Told(NamedTuple):
+    """A ticket to be published."""
 
     field: str
     waited_ms: int
     record: bytes
 
 
-class Lent(NamedTuple):
+class Proposal(NamedTuple):
+    """An offer to be made."""
+
+    origin: str
+    its_term: str
+    field: str
     lease: str
     note: bytes
+    letter: bytes
 
 
-class Member(NamedTuple):
+class Listed(NamedTuple):
+    """A member."""
+
     id: str
     record: bytes
     load: bytes
@@ -92,14 +99,15 @@ class Surveyed(NamedTuple):
 class Beat(NamedTuple):
     left_ms: list[int]
     """Of each lent lease, in the order asked for; at most 0: it is over."""
-    members: list[Member]
+    members: list[Listed]
 
 
 class Store:
     """One host's connection. Its owner calls one method at a time; `bells` runs beside them."""
 
-    def __init__(self, settings: Scheduler, host: str) -> None:
-        """`host` is this host's id. Nothing is connected yet."""
+    def __init__(self, settings: Scheduler, host: str, on_trip: Callable[[], None] = lambda: None) -> None:
+        """`host` is this host's id; `on_trip` hears of each round trip. Nothing is connected yet."""
+        self._on_trip = on_trip
         self._prefix = f"penstock:{settings.topic}:"
         self._id = host
         self._shards = settings.load_shards_num
@@ -107,8 +115,6 @@ class Store:
         self._client = _client(settings, ANSWER_S)
         self._listening = _client(settings, None)  # silence is what its channels mostly say
         self._steps = {name: self._client.register_script(text) for name, text in scripts.sources().items()}
-        self.round_trips = 0
-        """Commands sent so far, pipelines counted as one."""
 
     def __repr__(self) -> str:
         return f"Store({self._where}, {self._prefix}*, host {self._id})"
@@ -119,18 +125,18 @@ class Store:
 
     # -- terms ---------------------------------------------------------------------------------------------
 
-    async def join(self, term: str, record: bytes) -> list[tuple[Lent, int]]:
-        """Begins a term. Returns what this host had lent before and is in use, and for how many ms yet."""
+    async def join(self, term: str, record: bytes) -> list[tuple[str, bytes, int]]:
+        """Begins a term. Returns what this host had lent before and is in use: lease, note, ms left."""
         kept = await self._run(
             "join", [*self._own("host"), *self._shared("lent")], [self._prefix, self._id, term, record, HOST_LEASE_MS]
         )
-        return [(Lent(kept[i].decode(), kept[i + 1]), kept[i + 2]) for i in range(0, len(kept), 3)]
+        return [(_text(kept[i]), kept[i + 1], kept[i + 2]) for i in range(0, len(kept), 3)]
 
     async def leave(self, term: str) -> None:
         await self._run("leave", self._own("host"), [self._prefix, self._id, term])
 
-    async def beat(self, term: str, held: Sequence[str], lent: Sequence[Lent]) -> Beat:
-        """Raises TermOver."""
+    async def beat(self, term: str, held: Sequence[str], lent: Sequence[tuple[str, bytes]]) -> Beat:
+        """`held`: leases to renew; `lent`: leases and notes of what we lend. Raises TermOver."""
         left, found = await self._in_term(
             "beat",
             [*self._own("host"), *self._shared("lent")],
@@ -148,13 +154,13 @@ class Store:
                 *(part for each in lent for part in each),
             ],
         )
-        members = [Member(_text(found[i]), found[i + 1], found[i + 2]) for i in range(0, len(found), 3)]
+        members = [Listed(_text(found[i]), found[i + 1], found[i + 2]) for i in range(0, len(found), 3)]
         return Beat(left, members)
 
     # -- what waits ----------------------------------------------------------------------------------------
 
     async def publish(
-        self, term: str, tickets: int, load: bytes, gone: Sequence[str], new: Sequence[Ticket], *, ring: bool
+        self, term: str, tickets: int, load: bytes, gone: Sequence[str], new: Sequence[Told], *, ring: bool
     ) -> None:
         """`tickets` wait in all; `gone` and `new` change what is seen of them. `ring` wakes the thieves.
 
@@ -174,30 +180,17 @@ class Store:
 
     # -- offers and leases ---------------------------------------------------------------------------------
 
-    async def offer(self, term: str, offers: Sequence[tuple[str, str, str, Lent, bytes]]) -> list[int]:
-        """Offers (origin, its term, field, lease and note, letter). For each what `offer.lua` says.
-
-        Raises TermOver.
-        """
+    async def offer(self, term: str, proposals: Sequence[Proposal]) -> list[int]:
+        """For each what `offer.lua` says. Raises TermOver."""
         own = [self._key("host", self._id), self._key("lent", self._id)]
-        async with self._pipeline() as pipeline:
-            for origin, its_term, field, lent, letter in offers:
+        limits: list[int] = [MOST_LETTERS, FORGOTTEN_MS, HOST_LEASE_MS]
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for origin, its_term, field, lease, note, letter in proposals:
                 keys = [*own, self._key("host", origin)]
                 keys += [self._key(kind, origin, its_term) for kind in ("tickets", "claims", "inbox")]
-                keys += [self._key("lease", lent.lease)]
-                arguments: list[str | bytes | int] = [
-                    self._prefix,
-                    term,
-                    origin,
-                    its_term,
-                    field,
-                    lent.lease,
-                    lent.note,
-                    OFFER_MS,
-                    letter,
-                ]
-                arguments += [MOST_LETTERS, FORGOTTEN_MS, HOST_LEASE_MS]
-                await self._steps["offer"](keys, arguments, client=pipeline)
+                keys += [self._key("lease", lease)]
+                named: list[str | bytes | int] = [self._prefix, term, origin, its_term, field, lease, note]
+                await self._steps["offer"](keys, [*named, OFFER_MS, letter, *limits], client=pipeline)
             answers: list[int] = await self._sent(pipeline.execute())
         if 3 in answers:
             raise TermOver
@@ -249,9 +242,6 @@ class Store:
     def _load(self, host: str) -> str:
         return f"{self._prefix}load:{shard(host, self._shards)}"
 
-    def _pipeline(self) -> contextlib.AbstractAsyncContextManager[Any]:
-        return self._client.pipeline(transaction=False)
-
     async def _in_term(self, step: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         answer = await self._run(step, keys, arguments)
         if answer is None:
@@ -262,7 +252,7 @@ class Store:
         return await self._sent(self._steps[step](keys, arguments))
 
     async def _sent(self, command: Any) -> Any:
-        self.round_trips += 1
+        self._on_trip()
         try:
             async with asyncio.timeout(2 * ANSWER_S):
                 return await command

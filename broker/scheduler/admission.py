@@ -18,7 +18,7 @@ offer again whatever waits, and each ticket stands where it stood.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -50,6 +50,21 @@ class Outlet(Protocol):
         """Sends without waiting. A message that is lost costs its frontend the grace of `HEED_NS`, nothing more."""
 
 
+class Abroad(Protocol):
+    """What becomes of tickets that leave the line for another host; `broker.cluster.borrowing` is the real one."""
+
+    @property
+    def is_idle(self) -> bool: ...
+    def __contains__(self, ident: Ident) -> bool: ...
+    def taken(self, ident: Ident) -> None: ...
+    def withdrawn(self, ident: Ident) -> bool: ...
+    def returned(self, ident: Ident) -> Ticket | None: ...
+    def held(self, leases: Iterable[wire.RemoteLease], peer: Peer) -> None: ...
+    def ended(self, leases: Iterable[wire.RemoteLease]) -> None: ...
+    def forget(self, peer: Peer) -> int: ...
+    def unheeded(self, since_ns: int) -> set[Peer]: ...
+
+
 class _Reserved(NamedTuple):
     ticket: Ticket
     slot: int
@@ -61,16 +76,17 @@ class _Answers:
 
     def __init__(self) -> None:
         self.granted: list[wire.Grant] = []
+        self.remote: list[wire.RemoteGrant] = []
         self.refused: list[wire.Refusal] = []
         self.lost: list[int] = []
         self.again = False
 
     def messages(self) -> Iterable[wire.Grants]:
-        most = max(len(self.granted), len(self.refused), len(self.lost), 1)
+        most = max(len(self.granted), len(self.refused), len(self.lost), len(self.remote), 1)
         for start in range(0, most, PER_MESSAGE):
             part = slice(start, start + PER_MESSAGE)
             again = self.again and not start
-            yield wire.Grants(self.granted[part], self.refused[part], self.lost[part], again)
+            yield wire.Grants(self.granted[part], self.refused[part], self.lost[part], again, self.remote[part])
 
 
 class Admission:
@@ -98,6 +114,11 @@ class Admission:
             int(config.queue_aging_secs * 1e9),
             1e9 / config.prefill_tokens_per_sec,
         )
+        self.abroad: Abroad | None = None
+        """Set with `scheduler.name: global`, before anything is heard."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after each sweep that found something in line, or nothing any more."""
+        self._waited = False
         self._addresses: dict[Peer, bytes] = {}
         self._reserved: dict[Ident, _Reserved] = {}
         self._answers: dict[Peer, _Answers] = {}
@@ -116,6 +137,8 @@ class Admission:
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits and nothing is reserved: then time changes nothing."""
+        if self.abroad is not None and not self.abroad.is_idle:
+            return False
         return not (len(self._queue) or self._reserved or self._shown or self._awaited or self._held)
 
     # -- frontends -----------------------------------------------------------------------------------------
@@ -127,16 +150,24 @@ class Admission:
             for other in [other for other in self._addresses if other[0] == peer[0]]:
                 self._forget(other)
         self._addresses[peer] = address
+        abroad = self.abroad
         for number in message.taken:
-            self._release((*peer, number))
+            if self._release((*peer, number)) is None and abroad is not None:
+                abroad.taken((*peer, number))
         for number in message.withdrawn:
             ident = (*peer, number)
-            if self._release(ident) or self._queue.withdraw(ident):
+            if self._release(ident) or self._queue.withdraw(ident) or (abroad is not None and abroad.withdrawn(ident)):
                 self._count(SchedulerEvent.TICKETS_WITHDRAWN)
         for number in message.returned:
             if reserved := self._release((*peer, number)):
                 self._count(SchedulerEvent.TICKETS_RETURNED)
                 self._queue.put_back(reserved.ticket, now_ns)
+            elif abroad is not None and (again := abroad.returned((*peer, number))) is not None:
+                self._count(SchedulerEvent.TICKETS_RETURNED)
+                self._queue.put_back(again, now_ns)
+        if abroad is not None:
+            abroad.held(message.held, peer)
+            abroad.ended(message.ended)
         for ticket in message.offered:
             self._offer(peer, ticket, now_ns)
         if message.complete:
@@ -144,7 +175,7 @@ class Admission:
 
     def _offer(self, peer: Peer, ticket: wire.Ticket, now_ns: int) -> None:
         ident = (*peer, ticket.number)
-        if ident in self._queue or ident in self._reserved:
+        if ident in self._queue or ident in self._reserved or (self.abroad is not None and ident in self.abroad):
             return
         try:
             self._queue.offer(
@@ -158,6 +189,7 @@ class Admission:
                     min(ticket.offered_ns, now_ns),
                     ticket.deadline_ns,
                     dict(islice(ticket.cached.items(), wire.MOST_CACHED)),
+                    ticket.model,
                 ),
                 now_ns,
             )
@@ -177,6 +209,9 @@ class Admission:
     def _forget(self, peer: Peer) -> None:
         """The frontend is dead, or not itself: nothing of it stands in line."""
         self._addresses.pop(peer, None)
+        if self.abroad is not None:
+            for _ in range(self.abroad.forget(peer)):
+                self._count(SchedulerEvent.TICKETS_WITHDRAWN)
         for ident in [ident for ident in self._reserved if ident[:2] == peer]:
             self._release(ident)
             self._count(SchedulerEvent.TICKETS_WITHDRAWN)
@@ -206,6 +241,9 @@ class Admission:
         waiting = self._queue.pools
         self._hold({slot for slot, pools in serving.items() if any(pool in waiting for pool in pools)})
         self._send()
+        if waiting or self._waited:
+            self._waited = bool(waiting)
+            self.on_change()
 
     def _serving(self, now_ns: int) -> dict[int, list[Pool]]:
         """The pools in which tickets wait, by the slots that serve them. Tickets follow who comes and goes."""
@@ -242,6 +280,36 @@ class Admission:
             self._cells[QueueColumn.HELD * self._slots + slot] = slot in held
         self._held = held
 
+    # -- other hosts ---------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """Tickets in line, and what they cost at their homes."""
+        return len(self._queue), self._queue.tokens
+
+    def front(self, limit: int) -> list[tuple[int, Ticket]]:
+        """Who is next in line, each with what orders it."""
+        return [] if self._awaited else self._queue.front(limit)
+
+    def paces_ms(self, slots: Iterable[int]) -> dict[int, float]:
+        """How often these instances take a ticket; those without experience are missing."""
+        return {slot: pace / 1e6 for slot in slots if (pace := self._queue.pace_ns(slot)) is not None}
+
+    def lend(self, ident: Ident) -> Ticket | None:
+        """Takes a ticket out of the line, for another host's instance; None: it waits no more."""
+        return self._queue.lend(ident)
+
+    def put_back(self, ticket: Ticket, now_ns: int) -> None:
+        """It got no place there. Followed by a sweep."""
+        self._queue.put_back(ticket, now_ns)
+
+    def grant_abroad(self, ticket: Ticket, lease: wire.RemoteLease, name: str, instance: bytes) -> None:
+        """Its request may go to an instance of the host called `name`. Followed by a sweep, which sends it."""
+        index, life, number = ticket.ident
+        self._count(SchedulerEvent.TICKETS_GRANTED)
+        self._count(SchedulerEvent.CLUSTER_BORROWED)
+        self._answer((index, life)).remote.append(wire.RemoteGrant(number, lease, name, instance, ticket.home))
+
     # -- time ----------------------------------------------------------------------------------------------
 
     def tick(self, now_ns: int) -> None:
@@ -251,7 +319,10 @@ class Admission:
         for peer in self._addresses.keys() - lives:
             self._forget(peer)
         unheeded = [reserved for reserved in self._reserved.values() if now_ns - reserved.since_ns > HEED_NS]
-        for peer in {reserved.ticket.ident[:2] for reserved in unheeded}:
+        peers = {reserved.ticket.ident[:2] for reserved in unheeded}
+        if self.abroad is not None:
+            peers |= self.abroad.unheeded(now_ns - HEED_NS) & self._addresses.keys()
+        for peer in peers:
             address = self._addresses[peer]
             self._forget(peer)
             self._outlet(address, wire.Grants(again=True))

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -44,6 +44,9 @@ from broker.scheduler.watch import Watch
 from broker.table import BEAT_S, SchedulerEvent, TableWriter
 from broker.types import LoadReport
 from broker.view import TableReader
+
+if TYPE_CHECKING:
+    from broker.cluster.member import Member
 
 logger = logging.getLogger("scheduler")
 
@@ -79,6 +82,7 @@ class Scheduler:
         self._admission = Admission(
             reader, table.queue, table.events, config.scheduler, self._tell, time.monotonic_ns()
         )
+        self._member = self._joining(reader) if _shares(config) else None
         narrator = Narrator(face_of(config), "scheduler")
         self._bulletin = Bulletin(self._registry, reader.counters, narrator, config.scheduler, time.monotonic_ns())
         self._notices: Notices | None = None
@@ -89,6 +93,12 @@ class Scheduler:
         self._queue_timer: asyncio.TimerHandle | None = None
         self._answering: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
+
+    def _joining(self, reader: TableReader) -> Member:
+        """This host's part in the global scheduler, which needs Redis' client as nothing else does."""
+        from broker.cluster.joining import member
+
+        return member(self._run_dir.name, self._config, self._table, reader, self._admission, self._sweep_soon)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -126,6 +136,8 @@ class Scheduler:
                     tasks.create_task(self._beat()),
                     tasks.create_task(self._registrar.configured(partial(self._mark_ready, ready))),
                 ]
+                if self._member is not None:
+                    running.append(tasks.create_task(self._member.run()))
                 await self._stopping.wait()
                 for task in running:
                     task.cancel()
@@ -227,6 +239,11 @@ class Scheduler:
             case wire.Tickets() as tickets:
                 self._admission.hear(peer, tickets, time.monotonic_ns())
                 self._sweep_soon()
+                if self._member is not None:
+                    self._member.poke()
+            case wire.ShowCluster(call=call):
+                status, said = answer(200, "success", cluster=self._member.status() if self._member else None)
+                self._send(self._frontends, peer, wire.Reply(call, status, said))
             case wire.RoutingNotices() as notices if self._notices is not None:
                 self._notices.hear(notices)
 
@@ -353,3 +370,8 @@ class Scheduler:
         self._table.mark_ready()
         logger.info("ready: epoch %d, %d instances", self._table.epoch, len(self._registry))
         ready()
+
+
+def _shares(config: Config) -> bool:
+    """Whether this host takes part in a global scheduler: pairs and the requests of the fd-router face never wait."""
+    return config.scheduler.name == "global" and face_of(config).queues and not config.server.splitwise
