@@ -6,7 +6,7 @@ without it (`frontend.lean`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -25,13 +25,9 @@ from frontend.account import access, count_response
 from frontend.answer import Answer, send_error
 from frontend.forward import Forward
 from frontend.forwarder import Forwarder
+from frontend.request_head import RequestHead, read_head, says_too_large
 from frontend.story import Stories, Story
-from frontend.upstream.base import Headers, Sink, UpstreamRequest
-
-_OPAQUE = (b"multipart/", b"audio/", b"image/", b"video/", b"application/octet-stream")
-"""Bodies that are forwarded unread, as the audio routes take them; their model is not known."""
-_ALWAYS_JSON = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/embeddings"))
-
+from frontend.upstream.base import Sink, UpstreamRequest
 
 PAIRED_PATHS = frozenset(("/v1/chat/completions", "/v1/completions"))
 """What prefill/decode pairs can do."""
@@ -57,23 +53,24 @@ class Inference:
         self._forwarder = forwarder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ident = headers.request_id(scope["headers"])
+        head = read_head(scope["path"], _target(scope), scope["headers"], names=self.face.names_requests)
+        ident = head.ident or headers.new_id()
         answer = Answer(self.shown(ident), self.bound, self.face)
         try:
-            forward = await self._read(scope, receive, ident, answer)
+            forward = await self._read(scope, receive, head, ident, answer)
         except BadRequest as error:
-            self.refuse(scope["path"], ident, error, _client(scope))
+            self.refuse(head.path, ident, error, _client(scope))
             await send_error(send, error, self.shown(ident), self.face)
         except ClientGone:
             pass
         else:
             await answer.serve(forward, receive, send)
 
-    async def _read(self, scope: Scope, receive: Receive, ident: bytes, answer: Answer) -> Forward:
+    async def _read(self, scope: Scope, receive: Receive, head: RequestHead, ident: bytes, answer: Answer) -> Forward:
         """The request as it will go out. A function of its own: its locals, the body among them, end with it, and
         not with the answer's last byte."""
         data = await read_body(scope, receive, self.limit)
-        return self.forward(scope["path"], _target(scope), scope["headers"], data, ident, answer, _client(scope))
+        return self.forward(head, data, ident, answer, _client(scope))
 
     def serves(self, path: str) -> bool:
         """Whether it is one of the face's routes."""
@@ -83,16 +80,13 @@ class Inference:
         """What engine and client hear of a request's id: nothing, if the face gives requests no names."""
         return ident if self.face.names_requests else b""
 
-    def forward(
-        self, path: str, target: str, found: Headers, data: bytes, ident: bytes, sink: Sink, client: str = ""
-    ) -> Forward:
-        """The request as it will go out, its answer to `sink`; not begun yet. `target` is path and query as the client
-        wrote them, `client` its address. Raises `BadRequest`."""
-        name = self._paired(path, data) if self._pairs else ""
-        session = _value(found, b"x-session-id").decode("latin-1") or None
+    def forward(self, head: RequestHead, data: bytes, ident: bytes, sink: Sink, client: str = "") -> Forward:
+        """The request as it will go out, its answer to `sink`; not begun yet. `client` is its address. Raises
+        `BadRequest`."""
+        name = self._paired(head.path, data) if self._pairs else ""
         stream = False
         story: Story | None = None
-        if path in _ALWAYS_JSON or not _value(found, b"content-type").lower().startswith(_OPAQUE):
+        if head.is_read:
             read = self._parse(data)
             model, stream = read.model, bool(read.stream)
             if model is not None and (meant := self._aliases.get(model)) is not None:
@@ -109,19 +103,20 @@ class Inference:
             else:
                 ids = read.token_ids()
             if self._stories is not None:
-                trace = _value(found, b"x_bd_logid").decode("latin-1")
-                tags = (("trace_id", trace), *read.tags(), ("request_id", name))
-                story = self._stories.begin("POST", path, client, tags)
+                tags = (("trace_id", head.trace()), *read.tags(), ("request_id", name))
+                story = self._stories.begin("POST", head.path, client, tags)
                 story.parsed(stream=stream)
-            route = RouteRequest(
-                model=model, session=read.session() or session, prompt=text, prompt_ids=ids, prompt_tokens=tokens
-            )
+            session = read.session() or head.session
+            route = RouteRequest(model=model, session=session, prompt=text, prompt_ids=ids, prompt_tokens=tokens)
         else:
-            route = RouteRequest(session=session)
+            route = RouteRequest(session=head.session)
+        shown = self.shown(ident)
         request = UpstreamRequest(
-            path=target,
-            headers=headers.for_engine(found, self.shown(ident)),
+            path=head.target,
+            headers=[*head.headers, (headers.REQUEST_ID, shown)] if shown else head.headers,
             body=data,
+            forms=head.forms,
+            ident=shown,
             stream=stream,
             request_id=name,
         )
@@ -169,22 +164,8 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             parts.append(part)
 
 
-def says_too_large(found: Headers, limit: int) -> bool:
-    """Whether the client announces more than it may send."""
-    declared = _value(found, b"content-length")
-    return declared.isdigit() and int(declared) > limit
-
-
 def too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit} bytes")
-
-
-def _value(found: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
-    """The first value of a header, or nothing."""
-    for key, value in found:  # no generator: it would cost more than the search
-        if key == name:
-            return value
-    return b""
 
 
 def _client(scope: Scope) -> str:

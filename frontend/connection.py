@@ -35,9 +35,11 @@ from broker.errors import PenstockError
 from broker.faces import PENSTOCK
 from frontend.account import count_response
 from frontend.answer import PAUSE_AT, whole_error
+from frontend.api import too_large
 from frontend.errors import HeadTooLarge, Malformed
 from frontend.idle import IdleConnections
 from frontend.lean import Lean, LeanCycle
+from frontend.request_head import RequestHead, read_head, says_too_large
 
 logger = logging.getLogger("frontend")
 
@@ -85,6 +87,8 @@ class Connection(HttpToolsProtocol):
         self._request_line = b""  # of a request that upgrades
         self._keeps_alive_with_body = False
         self._dry_bytes = 0
+        self._is_between = True  # the parser stands between two requests
+        self._fresh = b""  # what begins with the request being read, until its head is whole
 
     # -- the transport's callbacks -----------------------------------------------------------------------------
 
@@ -105,6 +109,12 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_full:
             return
+        if self._is_between and self._running is None and self._lean is not None:
+            known = self._lean.known.whole(data)
+            if known is not None and not self.transport.is_closing():
+                self._serve(self._lean, *known)
+                return
+            self._fresh = data
         self._dry_bytes += len(data)
         rest = data
         try:
@@ -144,7 +154,7 @@ class Connection(HttpToolsProtocol):
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
-        self._in_body = False
+        self._in_body = self._is_between = False
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -154,6 +164,7 @@ class Connection(HttpToolsProtocol):
             self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        fresh, self._fresh = self._fresh, b""
         self._requested = self._in_body = True
         self._dry_bytes = 0
         self._idle.leave(self)
@@ -171,9 +182,16 @@ class Connection(HttpToolsProtocol):
             self._stop_reading()
             return
         if self._lean is not None and self._lean.takes(self.parser.get_method(), self.url):
-            keep_alive = modern and self.parser.should_keep_alive() and not self._stopping
-            found, self.headers = self.headers, []  # the cycle lets go of them when it begins
-            cycle = LeanCycle(self, self._lean, self.url, found, keep_alive=keep_alive, modern=modern)
+            keep_alive = modern and self.parser.should_keep_alive()
+            target, found = self.url.decode("ascii"), self.headers
+            path = target.partition("?")[0]
+            head = read_head(path, target, found, names=self._lean.names, modern=modern, keep_alive=keep_alive)
+            if fresh and not head.ident and not self.expect_100_continue:
+                self._lean.known.learn(fresh, len(found), head)
+            cycle = LeanCycle(self, self._lean, head, keep_alive=keep_alive and not self._stopping)
+            if says_too_large(found, self._lean.inference.limit):
+                cycle.refuse(too_large(self._lean.inference.limit))
+            self.headers = []
             self.cycle = _as_uvicorns(cycle)
             if self._running is None:
                 self._start_asgi_task(self.cycle, self.app)
@@ -214,6 +232,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._dry_bytes = 0
+        self._is_between = True
         cycle = self._current
         if self._is_full or self._upgrades or cycle is None or cycle.response_complete:
             return
@@ -238,6 +257,16 @@ class Connection(HttpToolsProtocol):
         return b"".join((self._request_line, *lines, b"\r\n"))
 
     # -- the running request -----------------------------------------------------------------------------------
+
+    def _serve(self, lean: Lean, head: RequestHead, body: bytes) -> None:
+        """A whole request whose head is known: all that the parser's callbacks would have done."""
+        self._requested = True
+        self._idle.leave(self)
+        self._running = cycle = LeanCycle(self, lean, head, keep_alive=head.keep_alive and not self._stopping)
+        self.cycle = _as_uvicorns(cycle)
+        cycle.feed(body)
+        cycle.more_body = False
+        cycle.begin()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """uvicorn's name for: it is this request's turn."""

@@ -12,9 +12,11 @@ from frontend.upstream.base import HOP_BY_HOP, Headers
 REQUEST_ID = b"x-request-id"
 
 # Ours to say on the engine's connection. `expect` has been answered here: the body is already read.
-_NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", REQUEST_ID}
+_NOT_FORWARDED_BUT_ID = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+_NOT_FORWARDED = _NOT_FORWARDED_BUT_ID | {REQUEST_ID}
 # Ours to say on the client's connection: the server adds its own date.
-_NOT_RETURNED = HOP_BY_HOP | {b"date", REQUEST_ID}
+_NOT_RETURNED_BUT_ID = HOP_BY_HOP | {b"date"}
+_NOT_RETURNED = _NOT_RETURNED_BUT_ID | {REQUEST_ID}
 
 _draw = random.Random(os.urandom(32)).getrandbits
 """Names need to differ, not to be secret; asking the system for each cost four times as much."""
@@ -22,28 +24,28 @@ _draw = random.Random(os.urandom(32)).getrandbits
 _ID = re.compile(rb"[A-Za-z0-9._:/@+=,-]{1,256}")
 
 
-def request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The client's id if it is harmless in a header and a log line, else a new one."""
+def own_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The client's id if it is harmless in a header and a log line, else nothing."""
     for name, value in headers:
         if name == REQUEST_ID and _ID.fullmatch(value):
             return value
+    return b""
+
+
+def new_id() -> bytes:
     return b"%024x" % _draw(96)
 
 
-def for_engine(headers: Iterable[tuple[bytes, bytes]], ident: bytes) -> Headers:
-    """The client's end-to-end headers, with the request's id; without one, as they came."""
-    return _named(headers, _NOT_FORWARDED, ident)
+def for_engine(headers: Iterable[tuple[bytes, bytes]], *, names: bool) -> Headers:
+    """The client's end-to-end headers; `names`: without the request's id, which is ours to add."""
+    return _end_to_end(headers, _NOT_FORWARDED if names else _NOT_FORWARDED_BUT_ID)
 
 
 def for_client(headers: Iterable[tuple[bytes, bytes]], ident: bytes) -> Headers:
     """The engine's end-to-end headers, with the request's id; without one, as they came."""
-    return _named(headers, _NOT_RETURNED, ident)
-
-
-def _named(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes], ident: bytes) -> Headers:
     if not ident:
-        return _end_to_end(headers, dropped - {REQUEST_ID})
-    passed = _end_to_end(headers, dropped)
+        return _end_to_end(headers, _NOT_RETURNED_BUT_ID)
+    passed = _end_to_end(headers, _NOT_RETURNED)
     passed.append((REQUEST_ID, ident))
     return passed
 

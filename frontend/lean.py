@@ -24,8 +24,10 @@ from uvicorn.server import ServerState
 from broker.errors import BadRequest, PenstockError
 from frontend import headers
 from frontend.answer import last_event, takes_events, whole_error
-from frontend.api import Inference, says_too_large, too_large
+from frontend.api import Inference, too_large
 from frontend.forward import Forward
+from frontend.known_heads import KnownHeads
+from frontend.request_head import RequestHead
 from frontend.upstream.base import Headers
 
 logger = logging.getLogger("frontend")
@@ -48,6 +50,8 @@ class Lean:
         self._defaults: Headers = []
         self._lines = b""
         self._takes_any = inference.face.paths is None
+        self.names = inference.face.names_requests
+        self.known: KnownHeads[RequestHead] = KnownHeads()
 
     def takes(self, method: bytes, url: bytes) -> bool:
         """Whether a request may go the lean way: any `POST /v1/…` but one. What is not beyond doubt (an escaped path, a
@@ -96,35 +100,28 @@ class LeanCycle:
         "_error",
         "_events",
         "_forward",
-        "_found",
         "_head",
         "_ident",
         "_last",
         "_lean",
         "_left",
-        "_modern",
         "_parts",
+        "_request",
         "_size",
         "_started",
-        "_url",
         "keep_alive",
         "more_body",
         "response_complete",
     )
 
-    def __init__(
-        self, client: Client, lean: Lean, url: bytes, found: Headers, *, keep_alive: bool, modern: bool
-    ) -> None:
-        """`modern`: the client speaks HTTP/1.1."""
+    def __init__(self, client: Client, lean: Lean, request: RequestHead, *, keep_alive: bool) -> None:
         self.keep_alive = keep_alive
         self.more_body = True
         self.response_complete = False
         self._client = client
         self._lean = lean
-        self._url = url
-        self._found = found
-        self._modern = modern
-        self._ident = headers.request_id(found)
+        self._request = request
+        self._ident = request.ident or headers.new_id()
         self._parts: list[bytes] = []
         self._size = 0
         self._error: BadRequest | None = None  # why the body is not read on
@@ -135,8 +132,6 @@ class LeanCycle:
         self._events = False
         self._left = 0  # bytes of the body that the answer's length announces
         self._last = b""
-        if says_too_large(found, lean.inference.limit):
-            self._error = too_large(lean.inference.limit)
 
     def __repr__(self) -> str:
         state = "complete" if self.response_complete else "reading" if self.more_body else "open"
@@ -154,6 +149,10 @@ class LeanCycle:
         """Of the body, until the request has begun."""
         return self._size
 
+    def refuse(self, error: BadRequest) -> None:
+        """Whatever its body: it will hear of this when its turn comes."""
+        self._error = error
+
     def feed(self, body: bytes) -> None:
         """A part of the request's body."""
         if self._error is not None:
@@ -168,21 +167,19 @@ class LeanCycle:
     def begin(self) -> None:
         """Sends the request on its way. To be called once, when it is this one's turn and it is ready."""
         inference = self._lean.inference
-        path, found, parts = self._url.partition(b"?")[0].decode("ascii"), self._found, self._parts
-        self._found, self._parts, self._size = [], [], 0  # an open stream does not keep its prompt
+        request, parts = self._request, self._parts
+        self._parts, self._size = [], 0  # an open stream does not keep its prompt
         try:
             if self._error is not None:
                 raise self._error
             data = parts[0] if len(parts) == 1 else b"".join(parts)
-            forward = inference.forward(
-                path, self._url.decode("ascii"), found, data, self._ident, self, self._client.peer
-            )
+            forward = inference.forward(request, data, self._ident, self, self._client.peer)
             self._forward = forward
             if self._client.writes_are_paused:
                 forward.pause()
             forward.begin()
         except BadRequest as error:
-            inference.refuse(path, self._ident, error, self._client.peer)
+            inference.refuse(request.path, self._ident, error, self._client.peer)
             self._answer_with(error)
         except Exception:  # the outermost net, as starlette has it for its routes
             logger.exception("a request failed")
@@ -257,7 +254,7 @@ class LeanCycle:
                 length = int(value)
         if length is not None or status in _BODILESS:
             self._left = 0 if status in _BODILESS else length or 0
-        elif self._modern:
+        elif self._request.modern:
             self._chunked = True
             lines.append(b"transfer-encoding: chunked\r\n")
         else:

@@ -350,6 +350,7 @@ class PairCall:
             self._request,
             body=leg.body,
             headers=_merged(self._request.headers, leg.headers),
+            forms=None,
             stream=self._request.stream if leg.stream is None else leg.stream,
             transfer=leg.transfer,
         )

@@ -40,6 +40,14 @@ HOP_BY_HOP = frozenset(
 """Headers that belong to one connection (RFC 9110, 7.6.1) and are never passed on."""
 
 
+class Forms(msgspec.Struct):
+    """What transports have made of a path and headers, for the next request that differs in body and name alone."""
+
+    http: tuple[bytes, bytes] | None = None
+    """The request line and the beginning of the Host line; the headers, each after its line break."""
+    native: dict[str, str] | None = None
+
+
 class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What is sent to an instance, whatever the transport."""
 
@@ -48,6 +56,11 @@ class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
     headers: Headers
     """End-to-end headers of the client; neither hop-by-hop ones nor Host nor Content-Length."""
     body: bytes
+    forms: Forms | None = None
+    """Of the path and the headers but the last, `x-request-id`, if the request has an `ident`. None: nobody else has
+    the same ones; so whoever replaces either takes the forms away."""
+    ident: bytes = b""
+    """The request's name, harmless in a header. Nothing: engines are not told one."""
     method: str = "POST"
     """Native engines are asked by POST alone and are not told."""
     stream: bool = False

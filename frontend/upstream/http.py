@@ -221,22 +221,31 @@ class HttpCall:
 
 def request_head(authority: bytes, request: UpstreamRequest) -> bytes:
     """Request line and headers, blank line included. Raises `BadRequest` for what would not be one request."""
+    forms = request.forms
+    if forms is None:
+        line, lines = _written(request.method, request.path, request.headers)
+    else:
+        if forms.http is None:
+            shared = request.headers[:-1] if request.ident else request.headers
+            forms.http = _written(request.method, request.path, shared)
+        line, lines = forms.http
+        if request.ident:
+            lines += b"\r\nx-request-id: " + request.ident
+    if request.body or request.method not in ("GET", "HEAD"):
+        return b"%b%b%b\r\nContent-Length: %d\r\n\r\n" % (line, authority, lines, len(request.body))
+    return b"%b%b%b\r\n\r\n" % (line, authority, lines)
+
+
+def _written(method: str, path: str, headers: Headers) -> tuple[bytes, bytes]:
+    """The request line and the beginning of the Host line; the headers, each after its line break."""
     try:
-        line = f"{request.method} {request.path} HTTP/1.1\r\nHost: ".encode("ascii")
+        line = f"{method} {path} HTTP/1.1\r\nHost: ".encode("ascii")
     except UnicodeEncodeError as e:
         raise BadRequest("the path of the request must be ASCII; other characters are percent-encoded") from e
-    pieces = [line, authority]
-    lines = 3
-    for name, value in request.headers:
-        if name not in _NOT_SENT:
-            pieces += (b"\r\n", name, b": ", value)
-            lines += 1
-    if request.body or request.method not in ("GET", "HEAD"):
-        pieces.append(b"\r\nContent-Length: %d" % len(request.body))
-        lines += 1
-    pieces.append(b"\r\n\r\n")
-    head = b"".join(pieces)
+    kept = [pair for pair in headers if pair[0] not in _NOT_SENT]
+    lines = b"".join([b"\r\n%b: %b" % pair for pair in kept])
     # A line break smuggled in by a path or a header would start a second request (or a header) of its own.
-    if head.count(b"\r") != lines or head.count(b"\n") != lines or line.count(b" ") != 3 or b"\0" in head:
+    breaks = lines.count(b"\r"), lines.count(b"\n"), line.count(b"\r"), line.count(b"\n"), line.count(b" ")
+    if breaks != (len(kept), len(kept), 1, 1, 3) or b"\0" in lines or b"\0" in line:
         raise BadRequest("the path or a header of the request holds characters that HTTP does not allow there")
-    return head
+    return line, lines

@@ -285,7 +285,7 @@ class ZmqUpstream:
                 number,
                 request.path,
                 request.stream,
-                _plain(request.headers),
+                _plain(request),
                 request.transfer,
             )
         )
@@ -296,7 +296,19 @@ class ZmqUpstream:
         self._peers.ask(peer, head, request.body)
 
 
-def _plain(headers: Headers) -> dict[str, str]:
+def _plain(request: UpstreamRequest) -> dict[str, str]:
+    """The headers as an engine gets them."""
+    forms = request.forms
+    if forms is None:
+        return _texts(request.headers)
+    if forms.native is None:
+        forms.native = _texts(request.headers[:-1] if request.ident else request.headers)
+    if not request.ident:
+        return forms.native
+    return {**forms.native, "x-request-id": request.ident.decode("ascii")}
+
+
+def _texts(headers: Headers) -> dict[str, str]:
     """Names and values as text; a header sent several times as one list (RFC 9110, 5.3)."""
     plain: dict[str, str] = {}
     for name, value in headers:

@@ -1,0 +1,69 @@
+"""The head of an inference request: read once, in whichever way the request came in, and asked by all later steps."""
+
+from __future__ import annotations
+
+import msgspec
+
+from frontend import headers
+from frontend.upstream.base import Forms, Headers
+
+_OPAQUE = (b"multipart/", b"audio/", b"image/", b"video/", b"application/octet-stream")
+"""Bodies that are forwarded unread, as the audio routes take them; their model is not known."""
+_ALWAYS_JSON = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/embeddings"))
+
+
+class RequestHead(msgspec.Struct, frozen=True, eq=False):
+    """Good for every request with the same head: nothing in it is one request's own."""
+
+    path: str
+    target: str
+    """Path and query, as the client wrote them."""
+    headers: Headers
+    """End-to-end ones, as engines get them; without `x-request-id` if the face gives requests names."""
+    ident: bytes
+    """The client's own name of the request; nothing: it gets a new one."""
+    session: str | None
+    is_read: bool
+    """The body is JSON, and says what decides its way."""
+    forms: Forms
+    modern: bool = True
+    """The client speaks HTTP/1.1."""
+    keep_alive: bool = True
+
+    def trace(self) -> str:
+        return _text(self.headers, b"x_bd_logid")
+
+
+def read_head(
+    path: str, target: str, found: Headers, *, names: bool, modern: bool = True, keep_alive: bool = True
+) -> RequestHead:
+    """`found`: all headers; `names`: whether the face gives requests names."""
+    return RequestHead(
+        path,
+        target,
+        headers.for_engine(found, names=names),
+        headers.own_id(found),
+        _text(found, b"x-session-id") or None,
+        path in _ALWAYS_JSON or not _first(found, b"content-type").lower().startswith(_OPAQUE),
+        Forms(),
+        modern,
+        keep_alive,
+    )
+
+
+def says_too_large(found: Headers, limit: int) -> bool:
+    """Whether the client announces more than it may send."""
+    declared = _first(found, b"content-length")
+    return declared.isdigit() and int(declared) > limit
+
+
+def _first(found: Headers, name: bytes) -> bytes:
+    """The first value of a header, or nothing."""
+    for key, value in found:  # no generator: it would cost more than the search
+        if key == name:
+            return value
+    return b""
+
+
+def _text(found: Headers, name: bytes) -> str:
+    return _first(found, name).decode("latin-1")
