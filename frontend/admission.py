@@ -165,7 +165,7 @@ class Admission:
         return not self._saturation.is_held(slot) or not self._is_alive()
 
     def _another(self, request: RouteRequest, choice: Choice, now: float) -> Choice:
-        home = choice.lease.slot
+        home, considered = choice.lease.slot, choice.considered
         broken = self.breaker.open_slots(now)
         for _ in range(ATTEMPTS):
             # Counted before it is looked at, so two frontends cannot both take the last place; both may give it back.
@@ -180,7 +180,7 @@ class Admission:
             if self._fits(choice.lease.slot):
                 return choice
         choice.lease.withdraw()
-        raise Saturated(self, home)
+        raise Saturated(self, home, considered)
 
     def _is_alive(self) -> bool:
         return self._table.alive(time.monotonic_ns())

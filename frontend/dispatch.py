@@ -16,7 +16,7 @@ from broker.counters import FrontendCounters
 from broker.errors import NoInstance
 from broker.lease import Lease, take
 from broker.policies import Options, Policy, frontend_rng, in_use, make_policy
-from broker.policies.base import Weighing
+from broker.policies.base import Weighing, Why
 from broker.prefix import PrefixIndex
 from broker.types import Instance, Role, RouteRequest
 from broker.view import TableReader, View
@@ -75,11 +75,22 @@ class Chooser(Protocol):
         """The request is being sent there, however it was chosen. Whoever forwards says so of every attempt."""
 
 
+class Considered(msgspec.Struct, frozen=True):
+    """What a choice was made of, for whoever asks later. Its vectors stay as they were."""
+
+    view: View
+    why: Why | None
+    left_out: Collection[int]
+    """Slots that had been tried, were suspected, or did not fit."""
+
+
 class Choice(msgspec.Struct, frozen=True):
     """An instance, and the lease that counts the request there."""
 
     instance: Instance
     lease: Lease
+    considered: Considered | None = None
+    """None: nobody chose, it was granted."""
 
     @property
     def suspects(self) -> tuple[Lease]:
@@ -120,12 +131,12 @@ class Dispatcher:
         Raises `NoInstance` or `ModelNotFound`; nothing is held then.
         """
         for _ in range(TAKES):
-            view, slot, tokens = self._pick(request, tried, now, unfit)
-            lease = take(self._table, self._counters, slot, view.generation(slot), tokens)
+            considered, slot, tokens = self._pick(request, tried, now, unfit)
+            lease = take(self._table, self._counters, slot, considered.view.generation(slot), tokens)
             if lease is not None:
                 lease.counts_prompt = self._policies[request.role].counts_prompts
                 self.breaker.tries(slot, now)
-                return Choice(self._table.instance(slot), lease)
+                return Choice(self._table.instance(slot), lease, considered)
         raise NoInstance("instances come and go faster than a request can be placed; try again")
 
     def claim(self, request: RouteRequest, slot: int, generation: int, now: float) -> Choice | None:
@@ -153,7 +164,7 @@ class Dispatcher:
 
     def _pick(
         self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int]
-    ) -> tuple[View, int, int]:
+    ) -> tuple[Considered, int, int]:
         """Not tried and not open; else not tried, the least bad; else, all having been tried, any once more.
 
         The slot, and the tokens that the request is to count there.
@@ -169,12 +180,12 @@ class Dispatcher:
                 left = [slot for slot in fit if slot not in tried]
                 if left:
                     slot = self.breaker.least_bad(left)
-                    return view, slot, self._policies[request.role].tokens(request, slot)
+                    return Considered(view, None, avoid), slot, self._policies[request.role].tokens(request, slot)
                 if unfit:
                     view = self._table.view(request.role, request.model, avoid=unfit)
         policy = self._policies[request.role]
         slot = policy.pick(request, view)
-        return view, slot, policy.tokens(request, slot)
+        return Considered(view, policy.why, avoid), slot, policy.tokens(request, slot)
 
 
 def make_policies(

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from broker.errors import PenstockError
 from broker.types import RouteRequest
-from frontend.dispatch import Chosen
+from frontend.dispatch import Chosen, Considered
 from frontend.upstream.base import Headers
 
 
@@ -42,7 +42,9 @@ class Saturated(PenstockError):
     code = "saturated"
     retry_after_s = 1
 
-    def __init__(self, line: Line, home: int) -> None:
+    def __init__(self, line: Line, home: int, considered: Considered | None = None) -> None:
+        """`home`: the slot that the policy prefers, having considered that."""
         super().__init__("every instance is saturated")
         self.line = line
         self.home = home
+        self.considered = considered
