@@ -29,9 +29,10 @@ from broker.config import Config
 from broker.counters import FrontendCounters, Histogram, TotalColumn
 from broker.errors import PenstockError, QueueFull, QueueTimeout
 from broker.saturation import Saturation
-from broker.types import RouteRequest
+from broker.types import Instance, RouteRequest
 from broker.view import TableReader
-from frontend.dispatch import Choice, Dispatcher
+from frontend.dispatch import Choice, Chosen, Dispatcher
+from frontend.remote import Guests, RemoteChoice
 from frontend.upstream.base import Headers
 from frontend.waiting import Saturated, Waiter
 
@@ -56,7 +57,14 @@ class Waiting:
     __slots__ = ("_line", "cached", "deadline", "home", "key", "number", "priority", "route", "since_ns", "waiter")
 
     def __init__(
-        self, line: Admission, number: int, route: RouteRequest, headers: Headers, home: int, waiter: Waiter
+        self,
+        line: Admission,
+        number: int,
+        route: RouteRequest,
+        headers: Headers,
+        home: int,
+        waiter: Waiter,
+        since_ns: int | None = None,
     ) -> None:
         self._line = line
         self.number = number
@@ -65,8 +73,10 @@ class Waiting:
         self.waiter = waiter
         self.cached = line.cached(route, home)
         self.key, self.priority = line.standing(headers)
-        self.since_ns = time.monotonic_ns()
-        self.deadline = line.loop.call_later(line.timeout_s, line.expire, self)
+        now_ns = time.monotonic_ns()
+        self.since_ns = now_ns if since_ns is None else min(since_ns, now_ns)
+        left_s = max(0.0, line.timeout_s - (now_ns - self.since_ns) / 1e9)
+        self.deadline = line.loop.call_later(left_s, line.expire, self)
 
     def leave(self) -> None:
         """Idempotent."""
@@ -100,10 +110,11 @@ class Admission:
         life: int,
         loop: asyncio.AbstractEventLoop,
         send: Callable[[wire.Tickets], bool],
+        forget: Callable[[Instance], None] = lambda _: None,
     ) -> None:
-        """`send` says whether the scheduler will get the message."""
+        """`send` says whether the scheduler will get the message; `forget` hears of instances of other hosts that are
+        no longer used."""
         self.breaker = dispatcher.breaker
-        self.placed = dispatcher.placed
         self.loop = loop
         self.timeout_s = config.scheduler.queue_timeout_secs
         self._table = table
@@ -119,6 +130,9 @@ class Admission:
         self._withdrawn: list[int] = []
         self._taken: list[int] = []
         self._returned: list[int] = []
+        self._held: dict[str, wire.RemoteLease] = {}  # to be said again
+        self._ended: list[wire.RemoteLease] = []
+        self._guests = Guests(config.shm.slots, loop, self._ended_there, forget)
         self._freed = False
         self._announces = False
         self._flushing = False
@@ -128,6 +142,7 @@ class Admission:
         return f"Admission({len(self._waiting)} waiting, {len(self._offers)} of them not offered yet)"
 
     def close(self) -> None:
+        self._guests.close()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -137,8 +152,10 @@ class Admission:
         """As the policy says, if there is room; else whatever has room, as the policy says.
 
         Raises `Saturated` where it can be waited for. A request that failed elsewhere does not wait again: it goes
-        to the next instance, full or not.
+        to the next instance, full or not. But one that failed at another host has had no place here yet.
         """
+        if tried and self._guests.are_all(tried):
+            tried = ()
         if self._waiting and not tried and not self._is_alive():
             # Nobody holds the instances for those in line but us.
             raise Saturated(self, next(iter(self._waiting.values())).home)
@@ -150,6 +167,10 @@ class Admission:
             choice = self._another(request, choice, now)
         choice.lease.on_close = self._closed
         return choice
+
+    def placed(self, request: RouteRequest, chosen: Chosen) -> None:
+        if not isinstance(chosen, RemoteChoice):  # what other hosts' instances have cached is not known here
+            self._dispatcher.placed(request, chosen)
 
     def claim(self, request: RouteRequest, slot: int, generation: int) -> Choice | None:
         """That very instance; None: it has changed."""
@@ -193,10 +214,12 @@ class Admission:
 
     # -- waiting -------------------------------------------------------------------------------------------
 
-    def wait(self, route: RouteRequest, headers: Headers, home: int, waiter: Waiter) -> Waiting:
-        """Puts the request in line; `home` is the slot that the policy preferred."""
+    def wait(
+        self, route: RouteRequest, headers: Headers, home: int, waiter: Waiter, since_ns: int | None = None
+    ) -> Waiting:
+        """Puts the request in line; `home` is the slot that the policy preferred. `since_ns`: it has waited before."""
         self._counters.count(TotalColumn.QUEUED)
-        waiting = Waiting(self, next(self._numbers), route, headers, home, waiter)
+        waiting = Waiting(self, next(self._numbers), route, headers, home, waiter, since_ns)
         self._waiting[waiting.number] = self._offers[waiting.number] = waiting
         self._flush_soon()
         return waiting
@@ -239,6 +262,7 @@ class Admission:
         """The scheduler knows nothing of what waits here: it is another one, or thought us dead."""
         self._offers.update(self._waiting)
         self._taken, self._returned, self._withdrawn = [], [], []
+        self._held = dict(self._guests.held)
         self._announces = True
         self._flush_soon()
 
@@ -256,6 +280,8 @@ class Admission:
     def hear(self, message: wire.Grants) -> None:
         for grant in message.granted:
             self._granted(grant)
+        for remote in message.remote:
+            self._granted_there(remote)
         for refusal in message.refused:
             if (waiting := self._waiting.get(refusal.number)) is not None:
                 self._forget(waiting)
@@ -280,6 +306,24 @@ class Admission:
             self._admit(waiting, choice, grant.home)
         self._flush_soon()
 
+    def _granted_there(self, grant: wire.RemoteGrant) -> None:
+        waiting = self._waiting.get(grant.number)
+        if waiting is None:
+            self._withdraw(grant.number)
+            return
+        choice = self._guests.enter(grant)
+        if choice is None:
+            self._returned.append(grant.number)
+        else:
+            self._taken.append(grant.number)
+            self._admit(waiting, choice, grant.home)
+        self._flush_soon()
+
+    def _ended_there(self, lease: wire.RemoteLease) -> None:
+        self._held.pop(lease.lease, None)
+        self._ended.append(lease)
+        self._flush_soon()
+
     def _start(self, waiting: Waiting) -> bool:
         """Chooses anew for a request in line; False if it must go on waiting."""
         try:
@@ -299,13 +343,13 @@ class Admission:
             self._admit(waiting, choice, choice.lease.slot)
         return True
 
-    def _admit(self, waiting: Waiting, choice: Choice, home: int) -> None:
+    def _admit(self, waiting: Waiting, choice: Chosen, home: int) -> None:
         self._forget(waiting)
         waited_s = (time.monotonic_ns() - waiting.since_ns) / 1e9
         self._counters.observe(Histogram.QUEUE_WAIT, waited_s)
         waiting.waiter.granted(choice, waited_s, self._url(home, choice))
 
-    def _url(self, home: int, choice: Choice) -> str:
+    def _url(self, home: int, choice: Chosen) -> str:
         if home == choice.lease.slot:
             return choice.instance.url
         try:
@@ -324,7 +368,7 @@ class Admission:
     def _flush(self) -> None:
         self._flushing = False
         timeout_ns = int(self.timeout_s * 1e9)
-        while self._offers or self._withdrawn or self._taken or self._returned or self._freed or self._announces:
+        while self._has_news():
             offered = list(itertools.islice(self._offers.values(), PER_MESSAGE))
             message = wire.Tickets(
                 *self._who,
@@ -334,16 +378,24 @@ class Admission:
                 self._returned[:PER_MESSAGE],
                 self._freed,
                 len(offered) == len(self._offers),
+                list(itertools.islice(self._held.values(), PER_MESSAGE)),
+                self._ended[:PER_MESSAGE],
             )
             if not self._send(message):
                 break
             for waiting in offered:
                 del self._offers[waiting.number]
-            for said in (self._withdrawn, self._taken, self._returned):
-                del said[:PER_MESSAGE]
+            for lists in (self._withdrawn, self._taken, self._returned, self._ended):
+                del lists[:PER_MESSAGE]
+            for lease in message.held:
+                del self._held[lease.lease]
             self._freed = self._announces = False
-        if self._timer is None and (self._waiting or self._withdrawn or self._taken or self._announces):
+        if self._timer is None and (self._waiting or self._has_news()):
             self._timer = self.loop.call_later(TICK_S, self._tick)
+
+    def _has_news(self) -> bool:
+        lists = self._offers or self._withdrawn or self._taken or self._returned or self._held or self._ended
+        return bool(lists) or self._freed or self._announces
 
     def _tick(self) -> None:
         self._timer = None

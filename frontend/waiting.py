@@ -30,8 +30,13 @@ class Place(Protocol):
 class Line(Protocol):
     """Where requests stand; `frontend.admission.Admission` is the real one."""
 
-    def wait(self, route: RouteRequest, headers: Headers, home: int, waiter: Waiter) -> Place:
-        """Stand in the line of the instance in slot `home`. The waiter is never called before this returns."""
+    def wait(
+        self, route: RouteRequest, headers: Headers, home: int, waiter: Waiter, since_ns: int | None = None
+    ) -> Place:
+        """Stand in the line of the instance in slot `home`, as one who came at `since_ns` (monotonic; None: now).
+
+        The waiter is never called before this returns.
+        """
 
 
 class Saturated(PenstockError):
