@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, Self
 import yaml
 
 from tests.blackbox.engine import Engine
+from tests.support import shmdir
 from tests.support.processes import free_port
 from tests.support.waiting import until
 
@@ -56,7 +58,7 @@ class Router:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.engines: list[Engine] = []
-        self._shm = root / "shm"
+        self._shm = shmdir.fresh()
         self._arguments = list(arguments)
         if port is None:
             self._arguments += ["--port", str(self.port)]
@@ -91,12 +93,15 @@ class Router:
         self.process.send_signal(signal.SIGTERM)
         try:
             code = self.process.wait(25)
+            left = list(self._shm.iterdir())
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise
+        finally:
+            shutil.rmtree(self._shm)
         if kind is None:
             assert code == 0
-            assert list(self._shm.iterdir()) == []
+            assert left == []
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.log

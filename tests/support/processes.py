@@ -17,6 +17,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,6 +36,7 @@ import yaml
 from broker.config import parse
 from broker.table import LOAD, load_layout
 from shm.segment import Segment
+from tests.support import shmdir
 from tests.support.waiting import until
 
 MARK = "PENSTOCK_TEST_RUN"
@@ -130,7 +132,7 @@ class Engine(Program):
 
 
 class Fleet:
-    """One supervisor, and the engines that a test adds. Files go to `root`, shared memory to `root/shm`."""
+    """One supervisor, and the engines that a test adds. Files go to `root`, shared memory to `shm_dir`."""
 
     def __init__(
         self,
@@ -147,7 +149,7 @@ class Fleet:
         self.root = root
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.shm_dir = root / "shm"
+        self.shm_dir = shmdir.fresh()
         self.workers = workers
         self._mark = secrets.token_hex(8)
         self._environment = {**os.environ, MARK: self._mark, "PYTHONUNBUFFERED": "1"}
@@ -175,6 +177,7 @@ class Fleet:
             until(self._answers, lambda: f"the start of Penstock:\n{self.supervisor.output}", 30.0)
         except BaseException:
             self._kill_left()
+            shutil.rmtree(self.shm_dir, ignore_errors=True)
             raise
         return self
 
@@ -187,6 +190,7 @@ class Fleet:
             raise
         finally:
             left = self._kill_left()
+            shutil.rmtree(self.shm_dir, ignore_errors=True)
             if error is not None:
                 for program in (self.supervisor, *self.engines.values()):
                     print(f"--- {program!r} ---\n{program.output}")
