@@ -1,17 +1,16 @@
 """How many more requests an instance should get now: the one rule, for frontends that choose and for the scheduler
 that grants.
 
-    room = limit - max(others, lent) - in flight - reserved
+    room = limit - others - in flight - reserved - lent
 
     limit      the capacity it registered or reported (a native engine's credit), else `scheduler.instance-capacity`.
                Nothing known: none, until its reports show that it is full. Then, and for HTTP engines whose KV cache is
                full whatever their capacity, the requests that it runs, so that each that ends makes room for one; at
                least 1, as an instance with nothing to do is never full
-    others     HTTP engines: what they report beyond what this host had sent them then
+    others     HTTP engines: what they report beyond what this host had sent, and lent of them, then
     in flight  from all frontends of this host, live
     reserved   granted to waiting requests that have not taken their lease yet
-    lent       places that other hosts have or are offered (`broker.cluster`). They are among the others as well, once
-               the engine has reported them: the greater of the two counts
+    lent       places that other hosts have, or are offered (`broker.cluster`)
 
 An engine shows that it is full by requests that wait in two reports running, or by 95 % of its KV cache in use; reports
 that are too old show nothing. One that has shown it, and does no longer, opens step by step: see `opening`.
@@ -52,17 +51,17 @@ class Saturation:
         """Of a candidate of the last view; UNLIMITED, or at most 0 when it is saturated."""
         limit = self._table.snapshot.item(_CAPACITY, slot) or self._default
         if limit and self._table.instance(slot).engine is EngineKind.NATIVE:
-            return limit - self._lent_at(slot) - self._taken(slot)
-        others = self._lent_at(slot)
+            return limit - self._taken(slot)
+        others = 0
         row: list[int] = self._table.snapshot[:, slot].tolist()
         if self._is_fresh(row):
             running, waiting = row[Column.RUNNING], row[Column.WAITING]
             if running >= 0 and waiting >= 0:
-                others = max(others, running + waiting - row[Column.IN_FLIGHT_THEN])
+                others = max(0, running + waiting - _ours_then(row))
             full = row[Column.KV_PERMILLE] >= FULL_KV_PERMILLE
             if full or (not limit and row[Column.WAITED] >= FULL_REPORTS):
                 # As many as it runs: with fewer it would idle until its next report.
-                runs = running if running >= 0 else row[Column.IN_FLIGHT_THEN]
+                runs = running if running >= 0 else _ours_then(row)
                 limit = max(1, min(runs, limit or runs))
         if not limit:
             return UNLIMITED
@@ -77,21 +76,23 @@ class Saturation:
         row: list[int] = self._table.snapshot[:, slot].tolist()
         if not self._is_fresh(row):
             return UNLIMITED
-        then = row[Column.IN_FLIGHT_THEN]
-        return max(1, then // STEP) - max(0, self._taken(slot) + self._lent_at(slot) - then)
+        then = _ours_then(row)
+        return max(1, then // STEP) - max(0, self._taken(slot) - then)
 
     def is_held(self, slot: int) -> bool:
         """Whether requests wait that the instance could serve."""
         return bool(self._table.queue[slot])  # QueueColumn.HELD is the first
 
     def _taken(self, slot: int) -> int:
-        reserved: int = self._table.queue[self._reserved + slot]
-        return reserved + self._table.counters.requests(slot)
-
-    def _lent_at(self, slot: int) -> int:
-        lent: int = self._table.queue[self._lent + slot]
-        return lent
+        queue = self._table.queue
+        taken: int = queue[self._reserved + slot] + queue[self._lent + slot] + self._table.counters.requests(slot)
+        return taken
 
     def _is_fresh(self, row: list[int]) -> bool:
         reported_ns = row[Column.REPORTED_NS]
         return reported_ns > 0 and self._clock() - reported_ns <= self._table.stale_after_ns
+
+
+def _ours_then(row: list[int]) -> int:
+    """Requests that this host knew of at the time of the report."""
+    return row[Column.IN_FLIGHT_THEN] + row[Column.LENT_THEN]

@@ -80,6 +80,7 @@ class Column(IntEnum):
     BLOB_BYTES = 13
     IDLE_SINCE_NS = 14  # while RESTING: since when nothing has been in flight; 0 = something was
     WAITED = 15  # reports running that said that requests wait
+    LENT_THEN = 16  # places lent to other hosts when that report was applied
 
 
 class QueueColumn(IntEnum):
@@ -189,6 +190,7 @@ _NO_REPORT: dict[int, int] = {
     Column.IN_FLIGHT_THEN: 0,
     Column.TOKENS_THEN: 0,
     Column.WAITED: 0,
+    Column.LENT_THEN: 0,
 }
 
 
@@ -384,6 +386,7 @@ class TableWriter:
             Column.IN_FLIGHT_THEN: in_flight,
             Column.TOKENS_THEN: tokens,
             Column.WAITED: self._rows.load(slot, Column.WAITED) + 1 if report.waiting else 0,
+            Column.LENT_THEN: self.queue[QueueColumn.LENT * self.slots + slot],
         }
         if report.capacity is not None:
             changes[Column.CAPACITY] = report.capacity
