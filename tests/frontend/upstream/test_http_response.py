@@ -214,11 +214,12 @@ def test_reader_reads_one_response_after_another() -> None:
         assert (reader.complete, reader.reusable, reader.take()) == (True, True, body)
 
 
-def test_mutated_responses_never_raise_and_always_end() -> None:
+@pytest.mark.parametrize("inputs", [5000, pytest.param(1_000_000, marks=pytest.mark.stress)])
+def test_mutated_responses_never_raise_and_always_end(inputs: int) -> None:
     """Whatever the bytes, after the engine has closed the answer is either whole or an error."""
     draw = random.Random(20260101)
     valid = [row.raw for row in ROWS if 0 < len(row.raw) < 1024]
-    for _ in range(5000):
+    for _ in range(inputs):
         raw = bytearray(draw.choice(valid))
         for _ in range(draw.randint(1, 4)):
             at = draw.randrange(len(raw) + 1)
