@@ -60,6 +60,12 @@ class Server(Section, frozen=True, forbid_unknown_fields=True):
     backlog: Count = 4096
     drain_secs: NotNegative = 15.0
     """How long running streams may go on after SIGTERM."""
+    decisions: Annotated[int, Meta(ge=0, le=1 << 20)] = 1024
+    """Requests of which each frontend remembers why they went where they went (`penstock explain`), and as many again
+    that waited, were moved or failed; 0 = none."""
+    decision_header: Literal["never", "asked", "always"] = "asked"
+    """Which answers say so in `X-Penstock-Decision`, instances' addresses included; asked = those to requests with
+    `X-Penstock-Explain: 1`."""
     lean_path: bool = True
     """Whether inference requests go around ASGI. Both ways do the same; this one costs a fraction."""
 

@@ -48,6 +48,7 @@ def log_end(
     status: int,
     queued_s: float | None,
     stolen_from: str,
+    rescued_from: str,
     first_byte_s: float | None,
     duration_s: float,
     size: int,
@@ -56,8 +57,8 @@ def log_end(
 ) -> None:
     """The line of a request that was forwarded. `end`: the last chunks of its answer, the last one first."""
     access.info(
-        "id=%s path=%s model=%s instance=%s policy=%s attempts=%d status=%d queue_ms=%s stolen_from=%s ttft_ms=%s "
-        "duration_ms=%.1f bytes=%d tokens=%s outcome=%s",
+        "id=%s path=%s model=%s instance=%s policy=%s attempts=%d status=%d queue_ms=%s stolen_from=%s rescued_from=%s "
+        "ttft_ms=%s duration_ms=%.1f bytes=%d tokens=%s outcome=%s",
         ident.decode("ascii"),
         printable(path.partition("?")[0]),
         printable(model or "-"),
@@ -67,6 +68,7 @@ def log_end(
         status,
         "-" if queued_s is None else f"{queued_s * 1e3:.1f}",
         stolen_from,
+        rescued_from,
         "-" if first_byte_s is None else f"{first_byte_s * 1e3:.1f}",
         duration_s * 1e3,
         size,

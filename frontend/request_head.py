@@ -7,6 +7,7 @@ import msgspec
 from frontend import headers
 from frontend.upstream.base import Forms, Headers
 
+EXPLAIN = b"x-penstock-explain"
 _OPAQUE = (b"multipart/", b"audio/", b"image/", b"video/", b"application/octet-stream")
 """Bodies that are forwarded unread, as the audio routes take them; their model is not known."""
 _ALWAYS_JSON = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/embeddings"))
@@ -26,6 +27,8 @@ class RequestHead(msgspec.Struct, frozen=True, eq=False):
     is_read: bool
     """The body is JSON, and says what decides its way."""
     forms: Forms
+    asks_why: bool = False
+    """Its client wants to be told why its instance was chosen."""
     modern: bool = True
     """The client speaks HTTP/1.1."""
     keep_alive: bool = True
@@ -46,6 +49,7 @@ def read_head(
         _text(found, b"x-session-id") or None,
         path in _ALWAYS_JSON or not _first(found, b"content-type").lower().startswith(_OPAQUE),
         Forms(),
+        _first(found, EXPLAIN) == b"1",
         modern,
         keep_alive,
     )

@@ -107,7 +107,7 @@ def test_the_log_line_says_where_and_how_but_never_what(one: Frontend, caplog: p
     (line,) = (record.getMessage() for record in caplog.records)
     assert line == (
         f"id=id-1 path=/v1/chat/completions model=tiny instance={A} policy=request_num attempts=1 status=200 "
-        "queue_ms=- stolen_from=- ttft_ms=250.0 duration_ms=1000.0 bytes=85 tokens=42 outcome=done"
+        "queue_ms=- stolen_from=- rescued_from=- ttft_ms=250.0 duration_ms=1000.0 bytes=85 tokens=42 outcome=done"
     )
 
 
