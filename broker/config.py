@@ -177,6 +177,12 @@ class Timeouts(Section, frozen=True, forbid_unknown_fields=True):
     """0 = off: an unstreamed answer's first byte is its last."""
     idle_secs: NotNegative = 600.0
     """Longest silence within a stream; 0 = off."""
+    prefill_secs: NotNegative = 0.0
+    """Prefill/decode pairs: from the sending until prefill is done, by its own answer; 0 = off, as the next two."""
+    decode_secs: NotNegative = 0.0
+    """From then until decode's first byte, which is an unstreamed answer's last."""
+    pair_secs: NotNegative = 0.0
+    """From the sending until the end of the answer."""
 
 
 class Upstream(Section, frozen=True, forbid_unknown_fields=True):

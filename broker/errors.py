@@ -131,11 +131,17 @@ class ConnectFailed(UpstreamError):
 
 
 class EngineSaturated(UpstreamError):
-    """A native engine takes no more messages now (EAGAIN at its mark)."""
+    """An engine takes no more now: a native one that is at its mark (EAGAIN), or any that says so. It is not broken."""
 
     status = 503
     code = "engine_saturated"
     retry_after_s = 1
+
+
+class GivenBack(EngineSaturated):
+    """An engine stopped a request in the middle, for want of room, and asks for another one to serve it."""
+
+    code = "given_back"
 
 
 class UpstreamBroken(UpstreamError):

@@ -21,7 +21,6 @@ from starlette.routing import Route
 from broker import batched
 from broker.config import Config
 from broker.counters import FrontendCounters, TotalColumn, attach_counters
-from broker.engines.pd import pairings
 from broker.errors import PenstockError
 from broker.faces import face_of
 from broker.policies import need_index
@@ -126,9 +125,8 @@ async def serve(
         admission = Admission(config, table, dispatcher, counters, life, loop, control.offer)
         stack.callback(admission.close)
         control.on_grants = admission.hear
-        pairs = pairings(any_tp=not face.compares_sizes)
         line = admission if face.queues else dispatcher
-        chooser: Chooser = Pairer.over(table, dispatcher, loop, pairs) if config.server.splitwise else line
+        chooser: Chooser = Pairer.over(table, dispatcher, loop, config) if config.server.splitwise else line
         forwarder = Forwarder(config, chooser, counters, http, native, loop)
         control.end_requests = forwarder.end_requests
         if config.scheduler.rescues_per_sec and face.queues and not config.server.splitwise:

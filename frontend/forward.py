@@ -318,7 +318,7 @@ class Forward:
         if isinstance(error, UpstreamError) and not isinstance(error, EngineSaturated):  # busy is not broken
             self._failed()
         if self._story is not None and self._state is State.TRYING and self._choice is not None:
-            self._story.attempt_failed(self._attempts, self._shared.attempts, self._choice.where, error.message)
+            self._story.attempt_failed(self._attempts, self._shared.attempts, self._choice, error.message)
         if self._state is State.TRYING and error.retryable and self._try_another(error.message):
             return
         self._say(error)

@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from broker.errors import NoInstance, PenstockError, UpstreamError
 from broker.faces import Event, Face
 from broker.faces.go import duration
-from broker.lease import Lease
 from broker.narrator import Narrator, printable
 from broker.policies.base import Vector, Weighing
 from broker.types import Role
 from broker.view import TableReader
-from frontend.dispatch import Choice
+from frontend.dispatch import Choice, Chosen
 
 _CHOSEN = {Role.MIXED: Event.CHOSEN_MIXED, Role.PREFILL: Event.CHOSEN_PREFILL, Role.DECODE: Event.CHOSEN_DECODE}
 
@@ -67,13 +66,11 @@ class Story:
         "_client",
         "_context",
         "_counters",
-        "_held",
         "_method",
         "_narrator",
         "_path",
         "_stories",
         "_stream",
-        "_tokens",
     )
 
     def __init__(self, stories: Stories, method: str, path: str, client: str, context: str) -> None:
@@ -83,8 +80,6 @@ class Story:
         self._method = method
         self._path = path
         self._client = client
-        self._held: dict[int, Choice] = {}  # by slot: the leases not closed yet
-        self._tokens: dict[int, int] = {}  # what they count
         self._stream = False
         self._context = context
 
@@ -93,10 +88,8 @@ class Story:
         self._tell(Event.PARSED)
 
     def chosen(self, legs: tuple[Choice, ...]) -> None:
-        self._held = {leg.lease.slot: leg for leg in legs}
-        self._tokens = {leg.lease.slot: leg.lease.tokens for leg in legs}
         for leg in legs:
-            self._follow(leg.lease)
+            self._follow(leg, legs)
         for weighing in self._stories.take_weighings():
             self._weighed(weighing)
         paired = len(legs) > 1
@@ -122,9 +115,16 @@ class Story:
         elif isinstance(error, UpstreamError):
             self._tell(Event.UNREACHABLE, error=error.message)
 
-    def attempt_failed(self, attempt: int, attempts: int, where: str, error: str) -> None:
-        self._tell(Event.ATTEMPT_FAILED, attempt=attempt, attempts=attempts, error=error)
-        self._tell(Event.BACKEND_FAILED, url=where, error=error)
+    def attempt_failed(self, attempt: int, attempts: int, choice: Chosen, error: str) -> None:
+        if len(choice.legs) == 1:
+            self._tell(Event.ATTEMPT_FAILED, attempt=attempt, attempts=attempts, error=error)
+            self._tell(Event.BACKEND_FAILED, url=choice.where, error=error)
+            return
+        for leg in choice.legs:
+            if leg.lease in choice.suspects:
+                prefill = leg.instance.role is Role.PREFILL
+                event = Event.PREFILL_FAILED if prefill else Event.DECODE_FAILED
+                self._tell(event, url=leg.instance.url, error=error)
 
     def _weighed(self, weighing: Weighing) -> None:
         stories, now = self._stories, _now()
@@ -138,29 +138,31 @@ class Story:
         hits = stories.listed(weighing.slots[met], weighing.hits[met])
         self._tell(Event.WEIGHED, url=stories.url(weighing.slot), loads=loads, hits=hits, now=now)
 
-    def _follow(self, lease: Lease) -> None:
-        earlier = lease.on_close
+    def _follow(self, leg: Choice, legs: tuple[Choice, ...]) -> None:
+        """Tells of the lease's end. It may come when the next attempt, even at the same instance, has its leases."""
+        lease = leg.lease
+        earlier, tokens = lease.on_close, lease.tokens
 
         def closed(slot: int) -> None:
             if earlier is not None:
                 earlier(slot)
-            self._released(slot)
+            self._released(leg, tokens, alone=all(other is leg or other.lease.closed for other in legs))
 
         lease.on_close = closed
 
-    def _released(self, slot: int) -> None:
-        leg = self._held.pop(slot)
+    def _released(self, leg: Choice, tokens: int, *, alone: bool) -> None:
+        """`alone`: no other lease of the attempt is open."""
         url = leg.instance.url
         if leg.instance.role is Role.PREFILL:
-            if not self._held:  # decode's is closed, so this comes with the request's end
+            if alone:  # decode's is closed, so this comes with the attempt's end
                 self._tell(Event.PREFILL_ENDED, url=url, stream=str(self._stream).lower())
             else:
                 self._tell(Event.PREFILL_DONE if self._stream else Event.PREFILL_READ, url=url)
         if self._narrator.tells(Event.RELEASED):
-            count, tokens = self._counters.in_flight(slot)
+            count, left = self._counters.in_flight(leg.lease.slot)
             self._tell(Event.RELEASED, url=url, count=count)
-            if self._tokens.pop(slot):
-                self._tell(Event.TOKENS_RELEASED, url=url, tokens=tokens)
+            if tokens:
+                self._tell(Event.TOKENS_RELEASED, url=url, tokens=left)
 
     def ended(self, status: int, seconds: float, *, completed: bool) -> None:
         if completed:

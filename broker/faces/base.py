@@ -149,6 +149,10 @@ class Face:
     """Members by which engines are told where to fetch a prefill are refused in a client's body; else overwritten."""
     compares_sizes: bool
     """A pair must go together in tensor-parallel size; else any prefill and decode of one connector make one."""
+    repeats_pairs: bool
+    """A pair that failed is tried again where there is no other."""
+    awaits_prefill_s: float
+    """How long from the sending a decode's answer waits for prefill's status, where both are asked at once."""
     names_requests: bool
     """Every request has an `X-Request-Id`, towards the engine and the client."""
     queues: bool

@@ -33,6 +33,8 @@ JSON = "application/json; charset=utf-8"
 TOKENS_PER_CHARACTER = 2
 """The original's estimate for text. One token id stands for about four characters of it."""
 TOKENS_PER_ID = 8
+AWAITS_PREFILL_S = 2.0
+"""The original waits for both legs' headers without end; some engines' prefill never sends any."""
 
 
 # -- start -----------------------------------------------------------------------------------------------------
@@ -229,6 +231,8 @@ FD_ROUTER = Face(
     compares_sizes=False,
     estimate=estimate,
     retries_answers=False,
+    repeats_pairs=False,
+    awaits_prefill_s=AWAITS_PREFILL_S,
     names_requests=False,
     queues=False,
     counts_unanswered=False,

@@ -14,7 +14,7 @@ from broker.engines.pd import PAIRINGS
 from broker.types import EngineKind, FastDeployFields, Instance, Role, RouteRequest
 from frontend.forward import Forward
 from frontend.forwarder import Forwarder
-from frontend.pair import Pairer
+from frontend.pair import Pairer, Terms
 from frontend.partners import Partners
 from frontend.upstream.base import Sink, UpstreamRequest
 from tests.frontend.fakes import FakeCall, Frontend, Time
@@ -32,7 +32,15 @@ class SoonTime(Time):
 class PairFrontend(Frontend):
     """`http://p<n>:80` and `http://d<n>:80`, of one kind."""
 
-    def __init__(self, path: Path, engine: EngineKind, prefills: int = 2, decodes: int = 2, **sections: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        engine: EngineKind,
+        prefills: int = 2,
+        decodes: int = 2,
+        terms: Terms | None = None,
+        **sections: Any,
+    ) -> None:
         super().__init__(path, server=Server(splitwise=True), **sections)
         self.engine = engine
         for role, letter, count in ((Role.PREFILL, "p", prefills), (Role.DECODE, "d", decodes)):
@@ -40,7 +48,7 @@ class PairFrontend(Frontend):
                 self.admit(f"http://{letter}{n}:80", role)
         self.time = SoonTime()
         loop = cast("asyncio.AbstractEventLoop", self.time)
-        pairer = Pairer(self.dispatcher, Partners(self.run.reader, PAIRINGS), PAIRINGS, Random(1), loop)
+        pairer = Pairer(self.dispatcher, Partners(self.run.reader, PAIRINGS), PAIRINGS, Random(1), loop, terms)
         self.forwarder = Forwarder(self.config, pairer, self.counters, self.http, self.native, loop, self.time.time)
 
     def admit(self, url: str, role: Role, **fields: Any) -> int:

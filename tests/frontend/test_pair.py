@@ -13,7 +13,9 @@ from broker.counters import CounterColumn
 from broker.errors import BadRequest, ConnectFailed, PenstockError, UpstreamBroken, UpstreamTimeout
 from broker.table import State
 from broker.types import Connector, EngineKind, FastDeployFields, PairFields, Role, RouteRequest
-from frontend.pair import MAX_PREFILL_ANSWER
+from frontend.held import MOST_BYTES
+from frontend.pair import Terms
+from frontend.paircall import MAX_PREFILL_ANSWER
 from tests.frontend.fakes import FakeCall
 from tests.frontend.pairs import BODY, PairFrontend
 
@@ -123,7 +125,7 @@ def test_a_refusal_by_prefill_is_the_answer_and_ends_decode(both: PairFrontend, 
     assert held(both) == (0, 0)
 
 
-@pytest.mark.parametrize("status", [400, 429, 500])
+@pytest.mark.parametrize("status", [400, 422, 429])
 def test_a_refusal_by_decode_is_the_answer_and_ends_prefill(both: PairFrontend, status: int) -> None:
     both.pair()
     both.decode.sink.start(status, [])
@@ -132,6 +134,97 @@ def test_a_refusal_by_decode_is_the_answer_and_ends_prefill(both: PairFrontend, 
     both.decode.sink.finish()
     assert both.client.heard == [status, b"no", "end"]
     assert held(both) == (0, 0)
+
+
+@pytest.mark.parametrize("status", [500, 501])
+def test_a_failure_of_decode_is_prefills_if_prefill_turns_out_to_be_dead(both: PairFrontend, status: int) -> None:
+    """A killed prefill that is still offered: its decode answers before the refused connection is seen."""
+    both.pair()
+    prefill, decode = both.prefill, both.decode
+    decode.sink.start(status, [])
+    assert decode.paused
+    assert not prefill.cancelled
+    prefill.sink.fail(ConnectFailed("refused"))
+    assert decode.cancelled
+    assert both.prefill.instance != prefill.instance
+    assert both.breaker.failures(both.slots[decode.instance.url]) == 0
+    both.prefill.answer(b"{}")
+    both.decode.answer(b"text")
+    assert both.client.heard == [200, b"text", "end"]
+
+
+@pytest.mark.parametrize("word", ["before", "after", "never"])
+def test_a_failure_of_decode_passes_when_prefill_lives_or_says_nothing(both: PairFrontend, word: str) -> None:
+    both.pair()
+    if word == "before":
+        both.prefill.sink.start(200, [])
+    both.decode.sink.start(500, [])
+    if word == "after":
+        both.prefill.sink.start(200, [])
+    elif word == "never":
+        both.time.advance(0.05)
+        assert not both.prefill.cancelled
+        both.time.advance(0.06)
+    assert both.prefill.cancelled
+    assert not both.decode.paused
+    both.decode.sink.write(b"no")
+    both.decode.sink.finish()
+    assert both.client.heard == [500, b"no", "end"]
+    assert held(both) == (0, 0)
+
+
+def test_a_failure_without_a_body_waits_as_well(both: PairFrontend) -> None:
+    both.pair()
+    both.decode.sink.start(500, [])
+    both.decode.sink.finish()
+    assert both.client.heard == []
+    both.time.advance(0.2)
+    assert both.client.heard == [500, "end"]
+
+
+def test_a_slow_client_is_not_sent_what_was_kept_back(both: PairFrontend) -> None:
+    forward = both.pair()
+    both.decode.sink.start(500, [])
+    forward.pause()
+    forward.resume()
+    assert both.decode.paused
+    forward.pause()
+    both.prefill.sink.start(200, [])
+    assert both.decode.paused
+    forward.resume()
+    assert not both.decode.paused
+
+
+def test_what_decode_gives_back_starts_anew_at_another_pair_under_another_name(both: PairFrontend) -> None:
+    both.pair(stream=False)
+    first = both.decode
+    first.answer(b'{"choices":[{"finish_reason":', b'"pd_reschedule","text":"half"}]}')
+    assert both.client.heard == []
+    assert both.decode.instance != first.instance
+    assert both.breaker.failures(both.slots[first.instance.url]) == 0  # full is not broken
+    assert json.loads(both.decode.request.body)["request_id"] == "r-1-retry1"
+    assert held(both) == (1, 1)
+    both.decode.answer(b'{"choices":[{"finish_reason":"stop","text":"pd_reschedule"}]}')
+    assert both.client.heard == [200, b'{"choices":[{"finish_reason":"stop","text":"pd_reschedule"}]}', "end"]
+    assert held(both) == (0, 0)
+
+
+def test_what_is_given_back_for_ever_is_an_error(both: PairFrontend) -> None:
+    both.pair(stream=False)
+    for _ in range(3):
+        both.decode.answer(b'{"choices":[{"finish_reason":"pd_reschedule"}]}')
+    assert (failed(both).status, failed(both).code) == (503, "given_back")
+
+
+def test_a_large_answer_is_not_kept(both: PairFrontend) -> None:
+    both.pair(stream=False)
+    both.decode.sink.start(200, [])
+    for _ in range(9):
+        both.decode.sink.write(bytes(MOST_BYTES // 8))
+    assert both.client.heard == [200, bytes(9 * (MOST_BYTES // 8))]
+    both.decode.sink.write(b"more")
+    both.decode.sink.finish()
+    assert both.client.heard[2:] == [b"more", "end"]
 
 
 @pytest.mark.parametrize("letter", ["p", "d"])
@@ -398,3 +491,83 @@ def test_a_single_pair_is_tried_again(tmp_path: Path) -> None:
         calls[2].answer(b"")
         calls[3].answer(b"text")
         assert it.client.heard == [200, b"text", "end"]
+
+
+# -- terms -----------------------------------------------------------------------------------------------------
+
+
+def test_decodes_answer_may_have_to_wait_for_prefills_status(tmp_path: Path) -> None:
+    with PairFrontend(tmp_path, EngineKind.FASTDEPLOY, 2, 2, Terms(awaits_prefill_s=2.0)) as it:
+        it.pair()
+        it.decode.sink.start(200, [])
+        assert it.decode.paused
+        dead = it.prefill
+        dead.sink.fail(UpstreamBroken("gone"))
+        assert it.decode.instance != dead.instance
+        it.decode.sink.start(200, [])
+        it.time.advance(1.9)
+        assert it.decode.paused
+        it.prefill.sink.start(200, [])
+        it.decode.sink.write(b"text")
+        it.decode.sink.finish()
+        assert it.client.heard == [200, b"text", "end"]
+
+
+def test_a_prefill_that_never_says_anything_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    with PairFrontend(tmp_path, EngineKind.FASTDEPLOY, 2, 2, Terms(awaits_prefill_s=2.0)) as it:
+        it.pair()
+        it.time.advance(1.5)
+        it.decode.sink.start(200, [])
+        it.time.advance(0.6)
+        assert not it.decode.paused
+        it.decode.sink.write(b"text")
+        assert it.client.heard == [200, b"text"]
+
+
+def test_a_single_pair_may_be_asked_once_only(tmp_path: Path) -> None:
+    with PairFrontend(tmp_path, EngineKind.FASTDEPLOY, 1, 2, Terms(repeats=False)) as it:
+        it.pair()
+        it.decode.sink.fail(ConnectFailed("refused"))  # there is another decode
+        it.prefill.sink.fail(ConnectFailed("refused"))
+        assert isinstance(failed(it), ConnectFailed)
+        assert (len(it.legs("p")), len(it.legs("d"))) == (2, 2)
+        assert held(it) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("terms", "until", "blamed"),
+    [
+        (Terms(prefill_s=5.0), "sent", "http://p0:80"),
+        (Terms(decode_s=5.0), "prefilled", "http://d0:80"),
+        (Terms(whole_s=5.0), "answering", "http://d0:80"),
+    ],
+)
+def test_each_stage_has_a_limit(tmp_path: Path, terms: Terms, until: str, blamed: str) -> None:
+    with PairFrontend(tmp_path, EngineKind.FASTDEPLOY, 1, 1, terms) as it:
+        it.pair()
+        if until != "sent":
+            it.prefill.sink.start(200, [])
+            it.prefill.sink.write(b"x")
+        if until == "answering":
+            it.decode.sink.start(200, [])
+            it.decode.sink.write(b"x")
+        it.time.advance(4.9)
+        assert it.forwarder.live
+        it.time.advance(0.2)
+        assert isinstance(it.client.heard[-1], UpstreamTimeout)
+        assert {url for url, slot in it.slots.items() if it.breaker.failures(slot)} == {blamed}
+        assert held(it) == (0, 0)
+        assert it.time.pending == 0
+
+
+def test_a_stage_that_ends_in_time_is_not_limited_any_more(tmp_path: Path) -> None:
+    with PairFrontend(tmp_path, EngineKind.VLLM, 1, 1, Terms(prefill_s=5.0, decode_s=5.0)) as it:
+        it.pair()
+        it.time.advance(4.0)
+        it.prefill.answer(ANSWER)
+        it.time.advance(4.0)
+        it.decode.sink.start(200, [])
+        it.decode.sink.write(b"x")
+        it.time.advance(60.0)
+        it.decode.sink.finish()
+        assert it.client.heard == [200, b"x", "end"]

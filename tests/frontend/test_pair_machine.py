@@ -13,11 +13,19 @@ from broker.config import Timeouts
 from broker.errors import ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
 from broker.types import EngineKind
 from frontend.forward import Forward
+from frontend.pair import Terms
 from frontend.upstream.base import Headers
 from tests.frontend.fakes import FakeCall
 from tests.frontend.pairs import BODY, PairFrontend
 
-ANSWERS = st.sampled_from((b'{"kv_transfer_params":{}}', b'{"kv_transfer_params":null}', b"x"))
+ANSWERS = st.sampled_from(
+    (
+        b'{"kv_transfer_params":{}}',
+        b'{"kv_transfer_params":null}',
+        b"x",
+        b'{"choices":[{"finish_reason":"pd_reschedule"}]}',
+    )
+)
 BODIES = st.sampled_from((BODY, b'{"prompt":["a","b"]}'))
 STATUSES = st.sampled_from((200, 200, 400, 429, 500, 501, 502, 503, 504))
 
@@ -53,11 +61,14 @@ class Client:
 
 class Machine(RuleBasedStateMachine):
     kind = EngineKind.FASTDEPLOY
+    terms = Terms()
 
     def __init__(self) -> None:
         super().__init__()
         self._folder = tempfile.TemporaryDirectory()
-        self.it = PairFrontend(Path(self._folder.name), self.kind, timeouts=Timeouts(first_byte_secs=10.0))
+        self.it = PairFrontend(
+            Path(self._folder.name), self.kind, terms=self.terms, timeouts=Timeouts(first_byte_secs=10.0)
+        )
         self.requests: list[tuple[Forward, Client]] = []
         self.started: set[FakeCall] = set()
         self.ended: set[FakeCall] = set()
@@ -126,7 +137,7 @@ class Machine(RuleBasedStateMachine):
         forward, _ = data.draw(st.sampled_from(self.requests))
         forward.pause() if slow else forward.resume()
 
-    @rule(seconds=st.sampled_from((0.0, 4.0, 11.0)))
+    @rule(seconds=st.sampled_from((0.0, 0.2, 4.0, 11.0)))
     def wait(self, seconds: float) -> None:
         self.it.time.advance(seconds)
 
@@ -150,8 +161,13 @@ class Sequential(Machine):
     kind = EngineKind.VLLM
 
 
-Machine.TestCase.settings = Sequential.TestCase.settings = settings(
+class Strict(Machine):
+    terms = Terms(prefill_s=3.0, decode_s=3.0, whole_s=8.0, awaits_prefill_s=2.0, repeats=False)
+
+
+Machine.TestCase.settings = Sequential.TestCase.settings = Strict.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None
 )
 TestConcurrent = Machine.TestCase
 TestSequential = Sequential.TestCase
+TestStrict = Strict.TestCase

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from broker.engines.pd.base import TRANSFER_KEYS, Asked, Leg, Pairing, Plan, Traits, request_id
-from broker.engines.pd.fastdeploy import DisaggregateInfo, tp_size
+from broker.engines.pd.fastdeploy import DisaggregateInfo, given_back, tp_size
 from broker.engines.pd.mooncake import Mooncake
 from broker.engines.pd.native import Native
 from broker.engines.pd.nixl import Nixl
@@ -23,6 +23,7 @@ __all__ = [
     "Traits",
     "connector_of",
     "fits_together",
+    "given_back",
     "pairings",
     "request_id",
     "traits",

@@ -87,6 +87,8 @@ class Pairing(Protocol):
     """Prefill answers before decode is asked."""
     retried: frozenset[int]
     """Statuses of a half that say "not this pair", before the first byte."""
+    gives_back: bool
+    """Decode may stop a request in the middle for want of room (`given_back`): its unstreamed answers are looked at."""
 
     def fits(self, prefill: Traits, decode: Traits) -> bool:
         """Whether tensor-parallel sizes go together; connector and models are compared by `fits_together`."""

@@ -8,14 +8,28 @@ from __future__ import annotations
 
 from random import Random
 
+import msgspec
+
 from broker.engines.pd.base import RETRIED, Asked, Changes, Leg, Plan, Traits, encode, host_of
+from broker.errors import UNDECODABLE
 from broker.splice import edit_members
 from broker.types import FastDeployFields, Instance
+
+_RESCHEDULE = b"pd_reschedule"
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice] = []
 
 
 class DisaggregateInfo:
     sequential = False
     retried = RETRIED | {501}  # decode's word for a transfer that failed
+    gives_back = True
 
     def __init__(self, *, any_tp: bool = False) -> None:
         """`any_tp`: pairs are not looked at, as the original router does not."""
@@ -31,6 +45,17 @@ class DisaggregateInfo:
         }
         leg = Leg(body=edit_members(asked.body, changes))
         return Plan(leg, lambda _: leg)
+
+
+def given_back(answer: bytes) -> bool:
+    """Whether decode ran out of blocks, dropped the request, and this is what it had by then."""
+    if _RESCHEDULE not in answer:
+        return False
+    try:
+        choices = msgspec.json.decode(answer, type=_Answer).choices
+    except UNDECODABLE:
+        return False
+    return any(choice.finish_reason == "pd_reschedule" for choice in choices)
 
 
 def disaggregate_info(prefill: Instance, decode: Instance) -> dict[str, object]:

@@ -39,6 +39,7 @@ RANK = b"x-data-parallel-rank"
 class Mooncake:
     sequential = False
     retried = RETRIED
+    gives_back = False
 
     def fits(self, prefill: Traits, decode: Traits) -> bool:
         return equal(prefill, decode)

@@ -15,6 +15,7 @@ from broker.types import Instance
 class Native:
     sequential = True
     retried = RETRIED
+    gives_back = False
 
     def fits(self, prefill: Traits, decode: Traits) -> bool:
         return True  # how it is split is the engines' own affair, written in their metadata

@@ -21,6 +21,7 @@ _ASK = (
 class Nixl:
     sequential = True
     retried = RETRIED | {500}  # what decode answers when it cannot reach prefill's side channel
+    gives_back = False
 
     def fits(self, prefill: Traits, decode: Traits) -> bool:
         return divides(prefill, decode)

@@ -16,6 +16,7 @@ from broker.types import Instance
 class P2pNccl:
     sequential = True
     retried = RETRIED
+    gives_back = False
 
     def fits(self, prefill: Traits, decode: Traits) -> bool:
         return equal(prefill, decode)

@@ -30,6 +30,7 @@ MOST_IN_A_BATCH = 4096
 class Bootstrap:
     sequential = False
     retried = RETRIED
+    gives_back = False
 
     def fits(self, prefill: Traits, decode: Traits) -> bool:
         return True  # the engines re-shard between different sizes
