@@ -10,7 +10,7 @@ from broker.errors import PenstockError
 from broker.faces import PENSTOCK, Face
 from frontend import errors, headers
 from frontend.forward import Forward
-from frontend.upstream.base import Headers
+from frontend.upstream.base import AnswerHead, Headers
 
 PAUSE_AT = 64 * 1024
 """Bytes held for a client that does not keep up, before its instance is asked to pause; fewer if the settings say so.
@@ -83,6 +83,11 @@ class Answer:
             self._paused = True
             self._forward.pause()
         self._wake()
+
+    def answer(self, head: AnswerHead, data: bytes) -> None:
+        self.start(200, head.fitting(data))
+        self.write(data)
+        self.finish()
 
     def finish(self) -> None:
         self._ended = True

@@ -27,7 +27,7 @@ from frontend.forward import Forward
 from frontend.forwarder import Forwarder
 from frontend.request_head import RequestHead, read_head, says_too_large
 from frontend.story import Stories, Story
-from frontend.upstream.base import Sink, UpstreamRequest
+from frontend.upstream.base import UpstreamRequest, WholeSink
 
 PAIRED_PATHS = frozenset(("/v1/chat/completions", "/v1/completions"))
 """What prefill/decode pairs can do."""
@@ -80,7 +80,7 @@ class Inference:
         """What engine and client hear of a request's id: nothing, if the face gives requests no names."""
         return ident if self.face.names_requests else b""
 
-    def forward(self, head: RequestHead, data: bytes, ident: bytes, sink: Sink, client: str = "") -> Forward:
+    def forward(self, head: RequestHead, data: bytes, ident: bytes, sink: WholeSink, client: str = "") -> Forward:
         """The request as it will go out, its answer to `sink`; not begun yet. `client` is its address. Raises
         `BadRequest`."""
         name = self._paired(head.path, data) if self._pairs else ""
@@ -120,7 +120,7 @@ class Inference:
             stream=stream,
             request_id=name,
         )
-        return self._forwarder.forward(ident, route, request, sink, story, asks_why=head.asks_why)
+        return self._forwarder.forward(ident, route, request, sink, story)
 
     def _paired(self, path: str, data: bytes) -> str:
         """FastDeploy's name of a request for a pair. Raises `BadRequest` for what pairs cannot do."""

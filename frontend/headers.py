@@ -43,11 +43,15 @@ def for_engine(headers: Iterable[tuple[bytes, bytes]], *, names: bool) -> Header
 
 def for_client(headers: Iterable[tuple[bytes, bytes]], ident: bytes) -> Headers:
     """The engine's end-to-end headers, with the request's id; without one, as they came."""
-    if not ident:
-        return _end_to_end(headers, _NOT_RETURNED_BUT_ID)
-    passed = _end_to_end(headers, _NOT_RETURNED)
-    passed.append((REQUEST_ID, ident))
+    passed = returned(headers, names=bool(ident))
+    if ident:
+        passed.append((REQUEST_ID, ident))
     return passed
+
+
+def returned(headers: Iterable[tuple[bytes, bytes]], *, names: bool) -> Headers:
+    """The engine's end-to-end headers; `names`: without the request's id, which is ours to add."""
+    return _end_to_end(headers, _NOT_RETURNED if names else _NOT_RETURNED_BUT_ID)
 
 
 def _end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:

@@ -28,13 +28,14 @@ from frontend.api import Inference, too_large
 from frontend.forward import Forward
 from frontend.known_heads import KnownHeads
 from frontend.request_head import RequestHead
-from frontend.upstream.base import Headers
+from frontend.upstream.base import AnswerHead, Headers
 
 logger = logging.getLogger("frontend")
 
 _UNTIL_CLOSE = -1
 """Instead of a length: HTTP/1.0 knows no chunks, so the connection's end is the body's."""
 _BODILESS = frozenset((204, 304))
+_OK = STATUS_LINE[200]
 
 
 NOT_INFERENCE = b"/v1/abort_requests"
@@ -68,6 +69,14 @@ class Lean:
             self._defaults = self._state.default_headers
             self._lines = b"".join([b"%b: %b\r\n" % pair for pair in self._defaults])
         return self._lines
+
+    def answer_lines(self, head: AnswerHead) -> tuple[bytes, bytes]:
+        """Of a whole answer, as the client gets them: up to the body's length, and behind it."""
+        found = headers.returned(head.headers, names=self.names)
+        at = next(i for i, (name, _) in enumerate(found) if name == b"content-length")
+        before, after = (b"".join([b"%b: %b\r\n" % pair for pair in part]) for part in (found[:at], found[at + 1 :]))
+        head.lines = before + b"content-length: ", after
+        return head.lines
 
 
 class Client(Protocol):
@@ -222,6 +231,15 @@ class LeanCycle:
                 data = head + data
         self._started = True
         self._client.send(data)
+
+    def answer(self, head: AnswerHead, data: bytes) -> None:
+        lean = self._lean
+        before, after = head.lines or lean.answer_lines(head)
+        if lean.names:
+            after = b"%bx-request-id: %b\r\n" % (after, self._ident)
+        end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
+        self._client.send(b"%b%b%b%d\r\n%b%b%b" % (_OK, lean.default_lines(), before, len(data), after, end, data))
+        self._complete()
 
     def finish(self) -> None:
         if self._chunked:

@@ -70,6 +70,20 @@ class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
     """With pairs: what FastDeploy's engines call the request, the client's own word or a new one."""
 
 
+class AnswerHead(msgspec.Struct, eq=False):
+    """Of an answer with the status 200 and a Content-Length; good for every other that differs in the length alone."""
+
+    headers: Headers
+    """End-to-end ones; the length is that of the answer that was seen first."""
+    lines: tuple[bytes, bytes] | None = None
+    """What was made of it for clients: the lines up to the length, and behind it. Kept here by who writes them."""
+
+    def fitting(self, data: bytes) -> Headers:
+        """The headers of the answer whose body is `data`."""
+        length = b"%d" % len(data)
+        return [(name, length if name == b"content-length" else value) for name, value in self.headers]
+
+
 class Sink(Protocol):
     """Who receives an answer."""
 
@@ -84,6 +98,13 @@ class Sink(Protocol):
 
     def fail(self, error: PenstockError) -> None:
         """It will never be whole: the engine, the way to it, or a limit ended it."""
+
+
+class WholeSink(Sink, Protocol):
+    """One that can also take a whole answer at once. Transports may use it; none needs to."""
+
+    def answer(self, head: AnswerHead, data: bytes) -> None:
+        """`start`, `write` and `finish` in one: status 200, and `data` is never empty."""
 
 
 class Call(Protocol):

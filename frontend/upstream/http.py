@@ -12,11 +12,13 @@ No task, future or timer per request, unless a connection must be opened or wait
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 
 from broker.config import Config
 from broker.errors import BadRequest, ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
 from broker.types import Instance
-from frontend.upstream.base import HOP_BY_HOP, Call, Headers, Sink, UpstreamRequest
+from frontend.known_heads import KnownHeads
+from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, UpstreamRequest, WholeSink
 from frontend.upstream.http_connection import Connection
 from frontend.upstream.http_pool import IDLE_S, Pool
 
@@ -35,6 +37,7 @@ class HttpUpstream:
         self._pools: dict[str, Pool] = {}
         self._retired: list[Pool] = []
         """Of removed instances, as long as answers are under way there."""
+        self._known: KnownHeads[AnswerHead] = KnownHeads()
         self._closed = False
 
     def __repr__(self) -> str:
@@ -47,7 +50,9 @@ class HttpUpstream:
                 raise ConnectFailed("the frontend is closing")
             pool = self._pools.get(instance.url)
             if pool is None:
-                pool = self._pools[instance.url] = Pool(instance.url, self._limit, self._loop, self._idle_s)
+                pool = self._pools[instance.url] = Pool(
+                    instance.url, self._limit, self._loop, self._idle_s, self._known
+                )
             call.ask(pool, request)
         except PenstockError as e:
             self._loop.call_soon(call.fail, e)
@@ -88,6 +93,7 @@ class HttpCall:
         "head",
         "head_only",
         "paused",
+        "takes_whole",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sink: Sink, connect_s: float) -> None:
@@ -95,6 +101,7 @@ class HttpCall:
         self.head = b""
         self.body = b""
         self.head_only = False
+        self.takes_whole = hasattr(sink, "answer")
         self._loop = loop
         self._connect_s = connect_s
         self._sink: Sink | None = sink
@@ -142,6 +149,13 @@ class HttpCall:
 
     def connecting(self, connection: Connection) -> None:
         self._connection = connection
+
+    def answer(self, head: AnswerHead, data: bytes) -> None:
+        sink = cast("WholeSink | None", self._sink)
+        if sink is not None:
+            self._connection = None
+            self._end()
+            sink.answer(head, data)
 
     def start(self, status: int, headers: Headers) -> None:
         self.head = self.body = b""  # the engine answers: they are not sent again, and a stream need not keep them

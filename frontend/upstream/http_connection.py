@@ -15,7 +15,8 @@ from typing import Protocol, cast
 
 from broker.errors import PenstockError, UpstreamBroken
 from broker.keepalive import keep_alive
-from frontend.upstream.base import Headers
+from frontend.known_heads import KnownHeads
+from frontend.upstream.base import AnswerHead, Headers
 from frontend.upstream.http_response import ResponseReader
 
 JOIN_BYTES = 64 * 1024
@@ -29,6 +30,11 @@ class Exchange(Protocol):
     head: bytes
     body: bytes
     head_only: bool
+    takes_whole: bool
+    """It has `answer`."""
+
+    def answer(self, head: AnswerHead, data: bytes) -> None:
+        """`start`, `write` and `finish` in one."""
 
     def start(self, status: int, headers: Headers) -> None: ...
 
@@ -44,6 +50,8 @@ class Exchange(Protocol):
 
 class Owner(Protocol):
     """What a connection knows of its pool."""
+
+    known: KnownHeads[AnswerHead]
 
     def spare(self, connection: Connection) -> None:
         """It is idle and may be used again."""
@@ -103,8 +111,10 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         assert transport is not None
         self.exchange = exchange
-        self._started = self._answered = False
-        self._reader.begin(head_only=exchange.head_only)
+        self._started = False
+        if self._answered or exchange.head_only:  # else the reader is as it was made: it has read nothing
+            self._answered = False
+            self._reader.begin(head_only=exchange.head_only)
         head, body = exchange.head, exchange.body
         if len(body) <= JOIN_BYTES:
             transport.write(head + body)
@@ -148,12 +158,35 @@ class Connection(asyncio.Protocol):
             self.send(self.exchange)
 
     def data_received(self, data: bytes) -> None:
-        if self.exchange is None:  # an idle engine has nothing to say: whatever this is, it answers no request
+        exchange = self.exchange
+        if exchange is None:  # an idle engine has nothing to say: whatever this is, it answers no request
             self.abort()
             return
-        self._answered = True
-        self._reader.feed(data)
+        reader = self._reader
+        if self._answered:
+            reader.feed(data)
+        elif exchange.takes_whole and not exchange.paused and self._is_known(exchange, data):
+            return
+        else:
+            self._answered = True
+            reader.feed(data)
+            if reader.reusable and reader.status == 200 and reader.has_body and not exchange.head_only:
+                self._owner.known.learn(data, reader.lines, AnswerHead(reader.headers))
         self._deliver()
+
+    def _is_known(self, exchange: Exchange, data: bytes) -> bool:
+        """Passes a whole answer with a known head on, past the reader, which goes on waiting for one."""
+        known = self._owner.known.whole(data)
+        transport = self._transport
+        assert transport is not None
+        # An early answer (while the body is still being sent) is the reader's business, and so is one without a body.
+        if known is None or not known[1] or transport.get_write_buffer_size() or transport.is_closing():
+            return False
+        self.exchange = None
+        self._used = True
+        self._owner.spare(self)
+        exchange.answer(*known)
+        return True
 
     def eof_received(self) -> None:
         if self.exchange is not None and self._answered:

@@ -15,6 +15,8 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from broker.errors import ConnectFailed, EngineSaturated, PenstockError
+from frontend.known_heads import KnownHeads
+from frontend.upstream.base import AnswerHead
 from frontend.upstream.http_connection import Connection, Exchange
 
 IDLE_S = 60.0
@@ -55,9 +57,18 @@ class Address:
 class Pool:
     """Owns every connection to one engine. Used on the loop's thread alone."""
 
-    def __init__(self, url: str, limit: int, loop: asyncio.AbstractEventLoop, idle_s: float = IDLE_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        limit: int,
+        loop: asyncio.AbstractEventLoop,
+        idle_s: float = IDLE_S,
+        known: KnownHeads[AnswerHead] | None = None,
+    ) -> None:
         """`limit`: connections open or being opened at once. Raises `ConnectFailed` for a URL it cannot use."""
         self.url = url
+        self.known = KnownHeads() if known is None else known
+        """Those of engines of one kind are alike."""
         self.address = Address(url)
         self._limit = limit
         self._loop = loop

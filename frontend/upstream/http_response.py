@@ -49,6 +49,7 @@ class ResponseReader:
         "complete",
         "error",
         "headers",
+        "lines",
         "reusable",
         "status",
     )
@@ -77,6 +78,8 @@ class ResponseReader:
         self._chunked = False
         self._length = False
         self._named: set[bytes] | None = None
+        self.lines = 0
+        """Headers so far, trailers and those of interim answers included."""
         self._head_bytes = 0
         self._dry_bytes = 0
 
@@ -135,6 +138,7 @@ class ResponseReader:
             self.reusable = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self.lines += 1
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > MAX_HEAD_BYTES:
             self._stop(f"has a head of more than {MAX_HEAD_BYTES} bytes")
