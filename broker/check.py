@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from broker import policies
+from broker.cluster import shares
 from broker.config import Config
 from broker.counters import counters_layout
 from broker.prefix import run_layout
@@ -22,14 +23,30 @@ def fatal(settings: Config) -> list[str]:
         found.append(f"server.workers is {workers}, but shm.frontends has room for {rows}")
     if workers > 1 and not fence.promised():
         found.append(fence.refusal())
+    if settings.scheduler.unreachable == "exit":
+        found += _cluster(settings)
     return found + _space(settings)
 
 
 def doubtful(settings: Config) -> list[str]:
-    """A sentence for each entry of register.yaml that a start would leave out."""
+    """A sentence for each entry of register.yaml that a start would leave out, and for what it would do without."""
     path = settings.manager.register_path
     unusable = read_entries(Path(path), settings.server.splitwise)[1] if path else []
-    return [f"{entry.where}: {entry.problem}" for entry in unusable]
+    found = [f"{entry.where}: {entry.problem}" for entry in unusable]
+    if settings.scheduler.name == "global" and not shares(settings):
+        found.append("scheduler.name: global has no effect: with splitwise, or as fd-router, no request waits for room")
+    if settings.scheduler.unreachable == "local":
+        found += _cluster(settings)
+    return found
+
+
+def _cluster(settings: Config) -> list[str]:
+    if not shares(settings):
+        return []
+    from broker.cluster.probe import problem  # Redis' client: nothing else needs it
+
+    found = problem(settings.scheduler)
+    return [found] if found else []
 
 
 def _space(settings: Config) -> list[str]:

@@ -204,9 +204,15 @@ def queue(url: str | None, port: int, as_json: bool) -> None:
         return
     click.echo(f"{answer['tickets']} requests with {answer['tokens']} prompt tokens wait")
     show(answer["instances"], QUEUE_COLUMNS)
+    if cluster := answer.get("cluster"):
+        state = f"{cluster['state']}{', ' + cluster['reason'] if cluster.get('reason') else ''}"
+        borrowed, lent = cell(cluster.get("borrowed")), cell(cluster.get("lent"))
+        click.echo(f"cluster {cluster.get('topic', '')}: {state}; {borrowed} requests elsewhere, {lent} places lent")
+        show(cluster["hosts"], HOST_COLUMNS)
 
 
-QUEUE_COLUMNS = ["url", "tickets", "tokens", "reserved", "granted", "stolen", "robbed"]
+QUEUE_COLUMNS = ["url", "tickets", "tokens", "reserved", "lent", "granted", "stolen", "robbed"]
+HOST_COLUMNS = ["name", "tickets", "tokens", "id"]
 
 
 @cli.command()

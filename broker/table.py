@@ -134,10 +134,10 @@ class SchedulerEvent(IntEnum):
     NOTICES_APPLIED = 14  # prompts entered into the prefix index
     NOTICES_DROPPED = 15  # for an instance that is gone, or more than could be entered in time
     CLUSTER_OFFERED = 16  # places of ours that were offered to another host
-    CLUSTER_LENT = 17  # of those: accepted
+    CLUSTER_LENT = 17  # of those: given back after a request had run there
     CLUSTER_BORROWED = 18  # requests of ours that were granted an instance of another host
     CLUSTER_DECLINED = 19  # offers to us that nobody needed any more
-    CLUSTER_RETURNED = 20  # places of ours that were given back
+    CLUSTER_RETURNED = 20  # places of ours that were given back, used or not
     CLUSTER_EXPIRED = 21  # places of ours whose lease ran out
     CLUSTER_IGNORED = 22  # records in Redis that are foreign, or of another version
     CLUSTER_ROUND_TRIPS = 23  # to Redis

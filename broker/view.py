@@ -35,6 +35,7 @@ from broker.table import (
     LOAD,
     MAX_BLOB_BYTES,
     Cell,
+    ClusterState,
     Column,
     SchedulerEvent,
     State,
@@ -352,6 +353,11 @@ class TableReader:
     def ready(self) -> bool:
         """Whether the configured instances have had their first chance to be registered."""
         return self._cells[Cell.READY] == 1
+
+    @property
+    def cluster(self) -> tuple[ClusterState, int]:
+        """How this host stands to its cluster, and how many members that has."""
+        return ClusterState(self._cells[Cell.CLUSTER]), self._cells[Cell.HOSTS]
 
     def events(self) -> dict[SchedulerEvent, int]:
         """What the scheduler has counted of itself, in all its lives."""

@@ -42,6 +42,7 @@ class Admin:
         self._table = table
         self._control = control
         self._metrics = metrics
+        self._shares = config.scheduler.name == "global"
         self._since = int(time.time())
 
     # -- the fleet ---------------------------------------------------------------------------------------------
@@ -78,8 +79,17 @@ class Admin:
                 "tokens": sum(row.tokens for row in rows),
                 "instances": rows,
                 "scheduler": self._scheduler(time.monotonic_ns()),
+                **({"cluster": await self._members()} if self._shares else {}),
             }
         )
+
+    async def _members(self) -> Any:
+        """What the scheduler says of the cluster; while it is away, what the table says."""
+        try:
+            reply = await self._control.show_cluster()
+        except PenstockError as error:
+            return {**self._cluster(), "state": "unknown", "reason": error.message, "hosts": []}
+        return msgspec.json.decode(reply.body)["cluster"]
 
     async def endpoints(self, request: Request) -> Response:
         """Where native engines find the scheduler."""
@@ -116,6 +126,7 @@ class Admin:
             "reasons": reasons,
             "instances": {role.name.lower(): count for role, count in ready.items()},
             "scheduler": self._scheduler(time.monotonic_ns()),
+            **({"cluster": self._cluster()} if self._shares else {}),
         }
         return json_response(details, 503 if reasons else 200, {"retry-after": "1"} if reasons else None)
 
@@ -136,6 +147,11 @@ class Admin:
 
     def _model(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._since, "owned_by": "penstock"}
+
+    def _cluster(self) -> dict[str, Any]:
+        """Whether this host shares with others now. Alone it serves all the same."""
+        state, hosts = self._table.cluster
+        return {"state": state.name.lower(), "members": hosts}
 
     def _scheduler(self, now_ns: int) -> dict[str, Any]:
         return {"state": "alive" if self._table.alive(now_ns) else "away", "epoch": self._table.epoch}

@@ -107,6 +107,10 @@ class Control:
         """`GET /health_generate`. Raises `SchedulerAway`."""
         return await self._call(wire.CheckHealth)
 
+    async def show_cluster(self) -> wire.Reply:
+        """Who shares with this host. Raises `SchedulerAway`."""
+        return await self._call(wire.ShowCluster)
+
     def offer(self, tickets: wire.Tickets) -> bool:
         """Tells the queue, without waiting; False when the scheduler is not connected, or takes no more."""
         return self._send(tickets)

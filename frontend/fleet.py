@@ -90,6 +90,8 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     reserved: int
     """Granted, on their way to a lease."""
+    lent: int
+    """Places that requests of other hosts have, or are offered."""
     granted: int
     """Since it registered, as the next two."""
     stolen: int
@@ -109,6 +111,7 @@ def _queue_row(table: TableReader, entry: Entry) -> QueueRow:
         tickets=cells[QueueColumn.TICKETS],
         tokens=cells[QueueColumn.TOKENS],
         reserved=cells[QueueColumn.RESERVED],
+        lent=cells[QueueColumn.LENT],
         granted=cells[QueueColumn.GRANTED],
         stolen=cells[QueueColumn.STOLEN],
         robbed=cells[QueueColumn.ROBBED],

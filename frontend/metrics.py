@@ -22,7 +22,7 @@ from broker.counters import (
     histogram_column,
 )
 from broker.counters import outcome as status_column
-from broker.table import State
+from broker.table import ClusterState, SchedulerEvent, State
 from broker.types import Role
 from broker.view import Entry, TableReader
 from frontend import fleet
@@ -66,9 +66,25 @@ _REFUSALS = (
 _QUEUE = (
     ("queue_tickets", "Requests in line that prefer the instance", GaugeMetricFamily, "tickets"),
     ("queue_tokens", "Prompt tokens of those requests", GaugeMetricFamily, "tokens"),
+    ("queue_lent", "Places that requests of other hosts have, or are offered", GaugeMetricFamily, "lent"),
     ("queue_granted", "Requests from a line that the instance was granted", CounterMetricFamily, "granted"),
     ("queue_stolen", "Of those, taken from the line of another instance", CounterMetricFamily, "stolen"),
     ("queue_robbed", "Requests from the instance's line that another was granted", CounterMetricFamily, "robbed"),
+)
+_CLUSTER = (
+    ("offered", "Places that were offered to other hosts", SchedulerEvent.CLUSTER_OFFERED),
+    ("lent", "Of those, accepted", SchedulerEvent.CLUSTER_LENT),
+    (
+        "returned",
+        "Places that other hosts gave back, offers that they declined included",
+        SchedulerEvent.CLUSTER_RETURNED,
+    ),
+    ("expired", "Places that came free because nobody renewed their lease", SchedulerEvent.CLUSTER_EXPIRED),
+    ("accepted", "Requests that were granted an instance of another host", SchedulerEvent.CLUSTER_BORROWED),
+    ("declined", "Places that other hosts offered and nobody needed any more", SchedulerEvent.CLUSTER_DECLINED),
+    ("ignored_records", "Records in Redis that are foreign, or of another version", SchedulerEvent.CLUSTER_IGNORED),
+    ("round_trips", "Questions to Redis", SchedulerEvent.CLUSTER_ROUND_TRIPS),
+    ("lost", "Times that Redis went away, or forgot this host", SchedulerEvent.CLUSTER_LOST),
 )
 _SESSIONS = (
     (
@@ -226,9 +242,20 @@ class Metrics:
         events = CounterMetricFamily(
             "penstock_scheduler_events", "What the scheduler counted of itself", labels=["event"]
         )
-        for event, count in self._table.events().items():
+        counted = self._table.events()
+        for event, count in counted.items():
             events.add_metric((event.name.lower(),), count)
         yield events
+        state, hosts = self._table.cluster
+        if state is not ClusterState.OFF:
+            yield GaugeMetricFamily(
+                "penstock_cluster_joined",
+                "1 while this host is a member of its cluster",
+                value=state is ClusterState.JOINED,
+            )
+            yield GaugeMetricFamily("penstock_cluster_hosts", "Members, this host included; 0 = alone", value=hosts)
+            for name, text, event in _CLUSTER:
+                yield CounterMetricFamily(f"penstock_cluster_{name}", text, value=counted[event])
 
 
 def _histogram(name: str, text: str, totals: Sequence[int], histogram: Histogram) -> HistogramMetricFamily:

@@ -49,6 +49,8 @@ class Lease(NamedTuple):
 
     id: str
     thief: str
+    used: bool = False
+    """Its request has been sent there."""
 
 
 @dataclass(slots=True)
@@ -148,7 +150,7 @@ class Borrowing:
         """Its request is on its way there."""
         granted = self._granted.pop(ident, None)
         if granted is not None:
-            self._running[granted.lease.id] = granted.lease, ident[:2]
+            self._running[granted.lease.id] = granted.lease._replace(used=True), ident[:2]
 
     def withdrawn(self, ident: Ident) -> bool:
         """Its client has left; False: it is not here."""
@@ -173,11 +175,11 @@ class Borrowing:
     def held(self, leases: Iterable[wire.RemoteLease], peer: Peer) -> None:
         """Requests of a frontend run under these; said again to a new scheduler."""
         for each in leases:
-            self._running[each.lease] = Lease(each.lease, each.host), peer
+            self._running[each.lease] = Lease(each.lease, each.host, used=True), peer
 
     def ended(self, leases: Iterable[wire.RemoteLease]) -> None:
         for each in leases:
-            self._return(Lease(each.lease, each.host))
+            self._return(Lease(each.lease, each.host, used=True))
 
     def forget(self, peer: Peer) -> int:
         """The frontend is dead: nothing of it runs anywhere. Returns how many of its tickets were on their way."""

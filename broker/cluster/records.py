@@ -150,6 +150,8 @@ class Returned(msgspec.Struct, frozen=True, array_like=True, tag="returned/1"):
     """The place is free again: the request is over, or the offer was declined. In the thief's inbox."""
 
     lease: _Name
+    used: bool
+    """A request ran there."""
 
 
 Letter = Offer | Returned

@@ -13,10 +13,10 @@ is passed by a ticket that came later, whatever races, and a place is refused on
 thief, where nothing of it is known to be cached, must not take longer than it can expect to wait where it is. Where the
 prompts of those at the head are partly cached at home, the one with the least of the next few goes: it loses least.
 
-**Elders first.** A place is for the thief's own tickets, unless one of another host has waited more than twice as long
-and half a second. Strictly own first, those at the busy host wait for all that come to the others: with seven tenths of
-the arrivals at one of three hosts, the 99th percentile was 1.24 times that of one line for all, and is 1.09 times
-(`benchmarks/skew`). The margin keeps a host's own from paying for what is evened out soon anyway.
+**Elders first.** A place is for the thief's own tickets, unless one of another host has waited half as long again and
+half a second more. Strictly own first, those at the busy host wait for all that come to the others: with seven tenths of
+the arrivals at one of three hosts, the 99th percentile of time to first token was 1.3 times that of one line for all,
+and is 1.1 times (`benchmarks/skew`). So a host's own never wait longer than two thirds of what others do.
 
 **No herd.** Thieves wake at the same moment. Each draws two hosts and prefers the one whose next ticket has waited
 longer, which evens out the waits of all; it names one of the first few tickets at random. What others have named
@@ -36,9 +36,9 @@ LOOK = 16
 """Tickets that are compared by what they have cached."""
 SPREAD = 4
 """Tickets at the head of a line of which a thief names one."""
-ELDER_TIMES = 2
+ELDER_TIMES = 1.5
 ELDER_MS = 500
-"""A ticket gets a place before those of the place's own host when it has waited so many times as long, and so much more."""
+"""A ticket goes before those of the place's own host when it has waited so many times as long, and so much more."""
 
 
 def pick(

@@ -38,6 +38,8 @@ OFFER_MS = 2_000
 """What an origin gets to accept an offer."""
 FORGOTTEN_MS = 30_000
 """A host that has not beaten for this long is no member; what a thief has lent is remembered this long."""
+OLDEST = (5, 0)
+"""The first Redis whose scripts may read the time and write."""
 ANSWER_S = 1.0
 """A Redis that takes longer is away."""
 MEMBERS = 256
@@ -122,6 +124,13 @@ class Store:
     async def close(self) -> None:
         await self._client.aclose()
         await self._listening.aclose()
+
+    async def probe(self) -> None:
+        """Raises StoreAway when nothing of what follows could work."""
+        said = await self._sent(self._client.info("server"))
+        version = str(said.get("redis_version", "0"))
+        if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
+            raise StoreAway(f"{self._where}: it is Redis {version}; {'.'.join(map(str, OLDEST))} or later is needed")
 
     # -- terms ---------------------------------------------------------------------------------------------
 

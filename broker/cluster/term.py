@@ -196,8 +196,9 @@ class Term:
                     instance = self._read(records.as_instance, offer.instance)
                     if instance is not None:
                         offers.append((offer, instance))
-                case Returned(lease=lease) if self._here.lending.end(lease):
+                case Returned(lease=lease, used=used) if self._here.lending.end(lease):
                     self._here.count(SchedulerEvent.CLUSTER_RETURNED, 1)
+                    self._here.count(SchedulerEvent.CLUSTER_LENT, used)
                     freed = True
         if freed:
             self._here.sweep()
@@ -245,7 +246,7 @@ class Term:
 
     async def _give_back(self) -> None:
         leases = self._here.own.returns[:LETTERS]
-        letters = [(lease.id, lease.thief, records.encode(Returned(lease.id))) for lease in leases]
+        letters = [(lease.id, lease.thief, records.encode(Returned(lease.id, lease.used))) for lease in leases]
         await self._store.give_back(letters)
         self._here.own.gave_back(leases)
 

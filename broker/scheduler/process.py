@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from broker import policies, wire
+from broker.cluster import shares
 from broker.config import Config
 from broker.errors import ConfigError, WireError
 from broker.faces import face_of
@@ -82,7 +83,7 @@ class Scheduler:
         self._admission = Admission(
             reader, table.queue, table.events, config.scheduler, self._tell, time.monotonic_ns()
         )
-        self._member = self._joining(reader) if _shares(config) else None
+        self._member = self._joining(reader) if shares(config) else None
         narrator = Narrator(face_of(config), "scheduler")
         self._bulletin = Bulletin(self._registry, reader.counters, narrator, config.scheduler, time.monotonic_ns())
         self._notices: Notices | None = None
@@ -370,8 +371,3 @@ class Scheduler:
         self._table.mark_ready()
         logger.info("ready: epoch %d, %d instances", self._table.epoch, len(self._registry))
         ready()
-
-
-def _shares(config: Config) -> bool:
-    """Whether this host takes part in a global scheduler: pairs and the requests of the fd-router face never wait."""
-    return config.scheduler.name == "global" and face_of(config).queues and not config.server.splitwise
