@@ -120,7 +120,7 @@ class Inference:
             stream=stream,
             request_id=name,
         )
-        return self._forwarder.forward(ident, route, request, sink, story)
+        return self._forwarder.forward(ident, route, request, sink, story, asks_why=head.asks_why)
 
     def _paired(self, path: str, data: bytes) -> str:
         """FastDeploy's name of a request for a pair. Raises `BadRequest` for what pairs cannot do."""

@@ -43,8 +43,11 @@ from broker.errors import (
 )
 from broker.lease import Lease
 from broker.types import RouteRequest
+from frontend import explain
 from frontend.account import Outcome, access, count_response, log_end
+from frontend.decisions import Failed, Granted, Queued, Record, Rescued, Sent, Step
 from frontend.dispatch import Chosen
+from frontend.explain import DECISION
 from frontend.headers import are_of_events
 from frontend.story import Story
 from frontend.upstream.base import AnswerHead, Call, Headers, UpstreamRequest, WholeSink
@@ -81,6 +84,7 @@ class Forward:
         "_call",
         "_choice",
         "_events",
+        "_explains",
         "_first_byte",
         "_head",
         "_ident",
@@ -90,10 +94,12 @@ class Forward:
         "_path",
         "_paused",
         "_place",
+        "_rescued_from",
         "_shared",
         "_sink",
         "_state",
         "_status",
+        "_steps",
         "_stolen_from",
         "_story",
         "_tail",
@@ -111,9 +117,14 @@ class Forward:
         request: UpstreamRequest,
         sink: WholeSink,
         story: Story | None = None,
+        *,
+        explains: bool = False,
     ) -> None:
+        """`explains`: the answer says in a header why its instance was chosen."""
         self._shared = shared
         self._story = story
+        self._explains = explains
+        self._steps: list[Step] | None = [] if explains or shared.decisions is not None else None
         self._ident = ident
         self._name = request.request_id
         self._path = request.path
@@ -131,7 +142,7 @@ class Forward:
         self._paused = False
         self._place: Place | None = None  # while TOKENIZING or QUEUED: what is given up when the request ends
         self._waited: float | None = None  # how long it stood there
-        self._stolen_from = "-"
+        self._stolen_from = self._rescued_from = "-"
         self._began = self._touched = 0.0
         self._first_byte: float | None = None
         self._status = 0  # what the client was told, or would have been
@@ -194,6 +205,7 @@ class Forward:
             choice = self._shared.dispatcher.choose(self._asked[0], (), self._shared.clock())
         except Saturated as saturated:
             self._state = State.QUEUED
+            self._took(Queued(self._shared.clock(), saturated.home, saturated.considered))
             self._place = saturated.line.wait(self._asked[0], self._asked[1].headers, saturated.home, self)
         except PenstockError as error:
             self.refused(error)
@@ -234,6 +246,7 @@ class Forward:
         self._waited = waited_s
         if home != choice.instance.url:
             self._stolen_from = home
+        self._took(Granted(self._shared.clock(), waited_s, home))
         self._open(choice)
 
     @property
@@ -248,7 +261,8 @@ class Forward:
         last, call = self._choice, self._call
         assert last is not None
         self._call = None
-        self._stolen_from = last.where
+        self._rescued_from = last.where
+        self._took(Rescued(self._shared.clock(), last.where))
         last.lease.count(CounterColumn.RESCUED)
         last.lease.close()
         if call is not None:
@@ -270,7 +284,7 @@ class Forward:
         if status in FAILED_STATUSES:
             self._failed()
         retried = self._shared.face.retries_answers and status in self._choice.retried
-        if status >= 400 and retried and self._try_another():
+        if status >= 400 and retried and self._try_another(f"status {status}"):
             return
         self._head = (status, headers)
         if self._timer is None and self._shared.idle_s and are_of_events(headers):
@@ -302,7 +316,7 @@ class Forward:
     def answer(self, head: AnswerHead, data: bytes) -> None:
         """As `start`, `write` and `finish`, for an answer that is whole: nothing can go wrong any more."""
         self._call = None
-        if self._waited is not None:
+        if self._waited is not None or self._explains:
             self.start(200, head.fitting(data))
             self.write(data)
             self.finish()
@@ -324,8 +338,8 @@ class Forward:
         if isinstance(error, UpstreamError) and not isinstance(error, EngineSaturated):  # busy is not broken
             self._failed()
         if self._story is not None and self._state is State.TRYING and self._choice is not None:
-            self._story.attempt_failed(self._attempts, self._shared.attempts, self._choice.where, error.message)
-        if self._state is State.TRYING and error.retryable and self._try_another():
+            self._story.attempt_failed(self._attempts, self._shared.attempts, self._choice, error.message)
+        if self._state is State.TRYING and error.retryable and self._try_another(error.message):
             return
         self._say(error)
 
@@ -339,6 +353,9 @@ class Forward:
         self._head = None
         self._attempts += 1
         shared.dispatcher.placed(self._asked[0], choice)
+        if self._steps is not None:
+            at_once = self._attempts == 1 and self._waited is None
+            self._steps.append(Sent(self._began if at_once else shared.clock(), choice))
         if self._story is not None:
             self._story.chosen(choice.legs)
         if shared.first_byte_s:
@@ -347,7 +364,27 @@ class Forward:
         if self._paused:
             self._call.pause()
 
-    def _try_another(self) -> bool:
+    def _took(self, step: Step) -> None:
+        """For those who ask later."""
+        if self._steps is not None:
+            self._steps.append(step)
+
+    def record(self, outcome: Outcome | None = None) -> Record:
+        """The request as it stands."""
+        return Record(
+            ident=self._ident,
+            name=self._name,
+            path=self._path,
+            model=self._model,
+            began=self._began,
+            steps=self._steps or [],
+            status=self._status,
+            outcome=outcome,
+            first_byte_s=self._first_byte,
+            duration_s=self._shared.clock() - self._began,
+        )
+
+    def _try_another(self, why: str) -> bool:
         """Moves the request to another instance; False when attempts or instances are used up."""
         shared, last = self._shared, self._choice
         if last is None or self._asked is None or self._attempts >= shared.attempts:
@@ -358,6 +395,7 @@ class Forward:
         except PenstockError:
             return False  # what this instance said is a better answer than "no instance"
         next((suspect for suspect in last.suspects if not suspect.closed), last.lease).count(CounterColumn.RETRIED)
+        self._took(Failed(shared.clock(), last.where, why))
         call, self._call = self._call, None
         last.lease.close()
         if call is not None:
@@ -384,6 +422,8 @@ class Forward:
             self._arm(shared.idle_s)
         if self._waited is not None:
             headers = [*headers, (QUEUE_MS, b"%.1f" % (self._waited * 1e3))]
+        if self._explains and self._steps:
+            headers = [*headers, (DECISION, explain.line(self._steps, shared.policies))]
         self._sink.start(self._status, headers)
 
     def _arm(self, delay: float) -> None:
@@ -438,6 +478,8 @@ class Forward:
         counters.count(TotalColumn.STREAMS_CLOSED)
         count_response(counters, self._status)
         duration = shared.clock() - self._began
+        if shared.decisions is not None:
+            shared.decisions.keep(self.record(outcome), asked=self._explains)
         if choice is not None:
             counters.observe(Histogram.DURATION, duration)
             if outcome is Outcome.BROKEN:
@@ -467,6 +509,7 @@ class Forward:
                 status=self._status,
                 queued_s=self._waited,
                 stolen_from=self._stolen_from,
+                rescued_from=self._rescued_from,
                 first_byte_s=self._first_byte,
                 duration_s=duration,
                 size=self._bytes,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 
 from broker.aborting import by_name
 from broker.config import Config
 from broker.counters import FrontendCounters
 from broker.errors import Aborted, PenstockError
 from broker.faces import face_of
+from broker.policies import in_use
 from broker.types import Instance, RouteRequest
+from frontend.decisions import Decisions, Record
 from frontend.dispatch import Chooser
 from frontend.forward import Forward
 from frontend.pairings import Pairings
@@ -44,19 +47,33 @@ class Forwarder:
         scheduler = config.scheduler
         pairs = f"{scheduler.prefill_policy},{scheduler.decode_policy}"
         self.policy = pairs if config.server.splitwise else scheduler.policy
+        self.policies = in_use(config)
         self.pairs = config.server.splitwise
         self.face = face_of(config)
         self.pairings = Pairings()
         self.tokenizer = Tokenizer.wanted(config, http, loop)
         self.live: set[Forward] = set()
+        # A face that gives requests no names has nothing to ask by.
+        kept = config.server.decisions if self.face.names_requests else 0
+        self.decisions = Decisions(kept) if kept else None
+        header = config.server.decision_header if self.face.names_requests else "never"
+        self._explains = header == "always", header != "never"  # by whether the client asks
         self._http = http
         self._native = native
 
     def forward(
-        self, ident: bytes, route: RouteRequest, request: UpstreamRequest, sink: WholeSink, story: Story | None = None
+        self,
+        ident: bytes,
+        route: RouteRequest,
+        request: UpstreamRequest,
+        sink: WholeSink,
+        story: Story | None = None,
+        *,
+        asks_why: bool = False,
     ) -> Forward:
-        """A request that has not begun; nothing is held until `begin`."""
-        return Forward(self, ident, route, request, sink, story)
+        """A request that has not begun; nothing is held until `begin`. `asks_why`: its client wants to be told why its
+        instance was chosen."""
+        return Forward(self, ident, route, request, sink, story, explains=self._explains[asks_why])
 
     def upstream(self, instance: Instance) -> Upstream:
         return self._native if instance.is_native else self._http
@@ -74,6 +91,10 @@ class Forwarder:
                 ended.append((ident, forward.tokens_so_far))
                 forward.abort(Aborted("the request was aborted"))
         return ended
+
+    def under_way(self, names: AbstractSet[str]) -> Iterator[Record]:
+        """The requests that go by one of these names and have not ended."""
+        return (forward.record() for forward in self.live if not names.isdisjoint(forward.names))
 
     def end_all(self, error: PenstockError) -> None:
         """Ends every request under way, each with an explicit error."""
