@@ -14,9 +14,9 @@ thief, where nothing of it is known to be cached, must not take longer than it c
 prompts of those at the head are partly cached at home, the one with the least of the next few goes: it loses least.
 
 **Elders first.** A place is for the thief's own tickets, unless one of another host has waited half as long again and
-half a second more. Strictly own first, those at the busy host wait for all that come to the others: with seven tenths of
-the arrivals at one of three hosts, the 99th percentile of time to first token was 1.3 times that of one line for all,
-and is 1.1 times (`benchmarks/skew`). So a host's own never wait longer than two thirds of what others do.
+half a second more. Strictly own first, those at the busy host wait for all that come to the others: with seven tenths
+of the arrivals at one of three hosts, the 99th percentile of time to first token was 1.3 times that of one line for
+all, and is 1.1 times (`benchmarks/skew`). A host's own wait at most about two thirds of what others do.
 
 **No herd.** Thieves wake at the same moment. Each draws two hosts and prefers the one whose next ticket has waited
 longer, which evens out the waits of all; it names one of the first few tickets at random. What others have named
