@@ -165,6 +165,22 @@ class ShowCluster(msgspec.Struct, frozen=True, array_like=True, tag=10):
     call: int
 
 
+class Explain(msgspec.Struct, frozen=True, array_like=True, tag=11):
+    """`GET /explain/ID`: why the request went where it went. Answered by a `Reply`."""
+
+    call: int
+    ident: str
+
+
+class Decided(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    """Answer to `TellDecisions`: the requests of that name, each as JSON."""
+
+    ask: int
+    requests: list[bytes]
+    more: bool = False
+    """Another message follows."""
+
+
 # -- scheduler -> frontend ---------------------------------------------------------------------------------
 
 
@@ -229,6 +245,13 @@ class EndRequests(msgspec.Struct, frozen=True, array_like=True, tag=19):
     ask: int
     ids: list[str]
     every: bool = False
+
+
+class TellDecisions(msgspec.Struct, frozen=True, array_like=True, tag=20):
+    """Say by `Decided` what is remembered of the request of that name."""
+
+    ask: int
+    ident: str
 
 
 # -- engine -> scheduler -----------------------------------------------------------------------------------
@@ -357,9 +380,19 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="Load"):
 
 
 FrontendToScheduler = (
-    FrontendHello | Register | Drain | RoutingNotices | Tickets | AbortRequests | Ended | CheckHealth | ShowCluster
+    FrontendHello
+    | Register
+    | Drain
+    | RoutingNotices
+    | Tickets
+    | AbortRequests
+    | Ended
+    | CheckHealth
+    | ShowCluster
+    | Explain
+    | Decided
 )
-SchedulerToFrontend = Welcome | Reply | Grants | EndRequests
+SchedulerToFrontend = Welcome | Reply | Grants | EndRequests | TellDecisions
 EngineToScheduler = EngineHello | EngineBeat | EngineGoodbye
 SchedulerToEngine = Accepted | Refused | SchedulerBeat | HelloAgain
 FrontendToEngine = DataHello | Ping | Request | Abort

@@ -14,13 +14,14 @@ from starlette.responses import Response
 
 from broker import wire
 from broker.config import Config
-from broker.errors import UNDECODABLE, BadRequest, BodyTooLarge, ModelNotFound, PenstockError
+from broker.errors import UNDECODABLE, BadRequest, BodyTooLarge, ModelNotFound, PenstockError, SchedulerAway
 from broker.faces import Face, face_of
 from broker.table import State
 from broker.types import Role
 from broker.view import TableReader
 from frontend import errors, fleet
 from frontend.control import Control
+from frontend.errors import UnknownRequest
 from frontend.metrics import CONTENT_TYPE, Metrics
 
 MAX_BODY_BYTES = wire.MAX_CONTROL_BYTES - 64
@@ -90,6 +91,23 @@ class Admin:
         except PenstockError as error:
             return {**self._cluster(), "state": "unknown", "reason": error.message, "hosts": []}
         return msgspec.json.decode(reply.body)["cluster"]
+
+    async def explain(self, request: Request) -> Response:
+        """Why the request of that id went where it went, as far as any frontend remembers it."""
+        ident = request.path_params["ident"]
+        try:
+            said = msgspec.json.decode((await self._control.explain_request(ident)).body)
+        except SchedulerAway:  # the others cannot be asked
+            said = {"requests": [msgspec.Raw(told) for told in self._control.explain(ident)]}
+            said["silent_frontends"] = max(0, len(self._table.counters.live()) - 1)
+        if not said["requests"]:
+            raise UnknownRequest(self._unknown(said["silent_frontends"]))
+        return json_response(said)
+
+    def _unknown(self, silent: int) -> str:
+        most = self._config.server.decisions
+        missing = f"; {silent} frontends could not be asked" if silent else ""
+        return f"no request of that id is remembered: each frontend keeps the last {most} (server.decisions){missing}"
 
     async def endpoints(self, request: Request) -> Response:
         """Where native engines find the scheduler."""

@@ -34,6 +34,7 @@ from frontend.breaker import Breaker
 from frontend.control import Control
 from frontend.dispatch import Chooser, Dispatcher, make_policies
 from frontend.errors import Stopping
+from frontend.explain import Explainer
 from frontend.fastdeploy import FastDeployRoutes
 from frontend.forwarder import Forwarder
 from frontend.metrics import Metrics
@@ -69,6 +70,7 @@ def application(inference: Inference, admin: Admin, fastdeploy: FastDeployRoutes
                 Route("/drain", admin.drain, methods=["POST"]),
                 Route("/instances", admin.instances, methods=["GET"]),
                 Route("/queue", admin.queue, methods=["GET"]),
+                Route("/explain/{ident:path}", admin.explain, methods=["GET"]),
                 Route("/endpoints", admin.endpoints, methods=["GET"]),
                 Route("/health", admin.health, methods=["GET"]),
                 Route("/ready", admin.ready, methods=["GET"]),
@@ -129,6 +131,9 @@ async def serve(
         chooser: Chooser = Pairer.over(table, dispatcher, loop, config) if config.server.splitwise else line
         forwarder = Forwarder(config, chooser, counters, http, native, loop)
         control.end_requests = forwarder.end_requests
+        control.explain = Explainer(
+            index, table, forwarder.policies, forwarder.decisions, forwarder.under_way, forwarder.clock
+        ).messages
         if config.scheduler.rescues_per_sec and face.queues and not config.server.splitwise:
             stack.callback(Rescuer(config.scheduler, table, admission, forwarder, loop).close)
         admin = Admin(run_dir, config, table, control, Metrics(table, segment, forwarder.pairings))

@@ -64,6 +64,8 @@ class Control:
         """Ends the requests of these names (None: all) and says which there were, and their tokens."""
         self.on_grants: Callable[[wire.Grants], None] = lambda _: None
         """Hears the queue's answers to the tickets of requests that wait."""
+        self.explain: Callable[[str], list[bytes]] = lambda _: []
+        """What is remembered of the requests of a name, each as JSON that fits a message."""
         self._table = table
         self._who = index, life
         self._loop = loop
@@ -110,6 +112,10 @@ class Control:
     async def show_cluster(self) -> wire.Reply:
         """Who shares with this host. Raises `SchedulerAway`."""
         return await self._call(wire.ShowCluster)
+
+    async def explain_request(self, ident: str) -> wire.Reply:
+        """`GET /explain/ID`. Raises `SchedulerAway`."""
+        return await self._call(lambda number: wire.Explain(number, ident))
 
     def offer(self, tickets: wire.Tickets) -> bool:
         """Tells the queue, without waiting; False when the scheduler is not connected, or takes no more."""
@@ -184,6 +190,12 @@ class Control:
                 for start in range(0, max(len(ended), 1), ENDED_AT_ONCE):
                     rest = start + ENDED_AT_ONCE
                     self._send(wire.Ended(ask, ended[start:rest], more=rest < len(ended)))
+            case wire.TellDecisions(ask=ask, ident=ident):
+                requests = self.explain(ident)
+                for number, told in enumerate(requests, 1):
+                    self._send(wire.Decided(ask, [told], more=number < len(requests)))
+                if not requests:
+                    self._send(wire.Decided(ask, []))
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(TICK_S, self._tick)

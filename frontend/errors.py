@@ -16,6 +16,14 @@ class Stopping(PenstockError):
     retry_after_s = 1
 
 
+class UnknownRequest(PenstockError):
+    """Nobody remembers a request of that id."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "unknown_request"
+
+
 class Malformed(BadRequest):
     """What came is no HTTP request, or one that can be read in two ways."""
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from broker import wire
 from broker.aborting import names
 from broker.policies.base import Vector
 from broker.types import Role
@@ -23,6 +26,7 @@ DECISION = b"x-penstock-decision"
 """Header of an answer: the line."""
 SHOWN = 32
 """Candidates told of one choice: the instance chosen and those that came nearest."""
+MOST_BYTES = wire.MAX_CONTROL_BYTES - 64
 TOLD = 4
 """Requests of one name that are told."""
 
@@ -140,7 +144,7 @@ class Explainer:
         index: int,
         table: TableReader,
         policies: Policies,
-        decisions: Decisions,
+        decisions: Decisions | None,
         under_way: Callable[[AbstractSet[str]], Iterator[Record]],
         clock: Callable[[], float],
     ) -> None:
@@ -152,11 +156,15 @@ class Explainer:
         self._under_way = under_way
         self._clock = clock
 
+    def messages(self, asked: str) -> list[bytes]:
+        """The requests that go by that name, as far as they are remembered; each as JSON that fits a message."""
+        return [_fitting(told) for told in self.explain(asked)]
+
     def explain(self, asked: str) -> list[Json]:
-        """The requests that go by that name, as far as they are remembered; as plain values for JSON."""
+        """The same as plain values."""
         wanted = names(asked)
-        found = [*self._under_way(wanted), *self._decisions.find(wanted)]
-        return [self._request(record) for record in found[:TOLD]]
+        kept = self._decisions.find(wanted) if self._decisions is not None else ()
+        return [self._request(record) for record in islice(chain(self._under_way(wanted), kept), TOLD)]
 
     def _request(self, record: Record) -> Json:
         found = way(record.steps)
@@ -237,6 +245,17 @@ class Explainer:
             if entry.slot == slot and generation in (None, entry.generation):
                 return entry.instance.url
         return f"slot {slot}, gone"
+
+
+def _fitting(told: Json) -> bytes:
+    """Without candidates where they are too many: what was tried again and again among long names."""
+    data = msgspec.json.encode(told)
+    if len(data) > MOST_BYTES:
+        for step in told["steps"]:
+            for leg in (step, *step.get("legs", ())):
+                leg.pop("nearest", None)
+        data = msgspec.json.encode(told)
+    return data
 
 
 def _nearest(seen: Seen, scores: Vector | NDArray[np.float64] | None, slot: int) -> list[int]:

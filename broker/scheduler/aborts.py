@@ -11,61 +11,30 @@ and SGLang by closing the connection, native engines by Abort).
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Callable
 
 import msgspec
 
 from broker import aborting, wire
 from broker.aborting import Aborted, Failure
 from broker.errors import BadRequest
+from broker.scheduler.asking import FRONTENDS_S, Asking
 from broker.scheduler.collect import Collector
 from broker.scheduler.registry import Registry
 from broker.table import State
 from broker.types import EngineKind, Instance, Role
 
 ENGINES_S = 2.0
-FRONTENDS_S = 1.0
 _NO_ROUTE = frozenset((404, 405, 501))
 """Of a server of unknown make: it has no such route, and its connections are closed by the frontends."""
 
-Tell = Callable[[bytes, wire.EndRequests], bool]
-"""Sends to a frontend; False = it is gone."""
-
-
-class _Asking:
-    """One question to all frontends."""
-
-    def __init__(self, peers: set[bytes]) -> None:
-        self.open = peers
-        self.ended: list[Aborted] = []
-        self.done = asyncio.Event()
-
 
 class Aborts:
-    """Owner of the questions under way, and of the list of frontends."""
+    """Ends requests; owns nothing."""
 
-    def __init__(self, registry: Registry, collector: Collector, tell: Tell) -> None:
+    def __init__(self, registry: Registry, collector: Collector, asking: Asking) -> None:
         self._registry = registry
         self._collector = collector
-        self._tell = tell
-        self._frontends: set[bytes] = set()
-        self._numbers = itertools.count(1)
-        self._asking: dict[int, _Asking] = {}
-
-    def enter(self, peer: bytes) -> None:
-        """A frontend said hello."""
-        self._frontends.add(peer)
-
-    def heard(self, peer: bytes, message: wire.Ended) -> None:
-        asking = self._asking.get(message.ask)
-        if asking is None or peer not in asking.open:
-            return
-        asking.ended += [Aborted(ident, tokens) for ident, tokens in message.requests]
-        if not message.more:
-            asking.open.discard(peer)
-            if not asking.open:
-                asking.done.set()
+        self._asking = asking
 
     async def answer(self, body: bytes) -> tuple[int, bytes]:
         """Status and JSON body for the body of a `POST /v1/abort_requests`."""
@@ -104,21 +73,6 @@ class Aborts:
         return aborting.read_result(answer.body)
 
     async def _ask_frontends(self, asked: list[str] | None) -> tuple[list[Aborted], list[Failure]]:
-        number = next(self._numbers)
-        question = wire.EndRequests(number, asked or [], every=asked is None)
-        asking = _Asking(set(self._frontends))
-        self._asking[number] = asking
-        try:
-            for peer in list(asking.open):
-                if not self._tell(peer, question):
-                    self._frontends.discard(peer)  # it says hello again if it lives
-                    asking.open.discard(peer)
-            if asking.open:
-                async with asyncio.timeout(FRONTENDS_S):
-                    await asking.done.wait()
-        except TimeoutError:
-            pass
-        finally:
-            del self._asking[number]
-        silent = [Failure("frontend", f"no answer within {FRONTENDS_S:g} s") for _ in asking.open]
-        return asking.ended, silent
+        parts, silent = await self._asking.ask(lambda ask: wire.EndRequests(ask, asked or [], every=asked is None))
+        ended = [Aborted(*entry) for part in parts if isinstance(part, wire.Ended) for entry in part.requests]
+        return ended, [Failure("frontend", f"no answer within {FRONTENDS_S:g} s")] * silent

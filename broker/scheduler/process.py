@@ -32,8 +32,10 @@ from broker.narrator import Narrator
 from broker.port import Frames, Port
 from broker.scheduler.aborts import Aborts
 from broker.scheduler.admission import Admission
+from broker.scheduler.asking import Asking
 from broker.scheduler.bulletin import Bulletin
 from broker.scheduler.collect import Collector
+from broker.scheduler.decisions import explained
 from broker.scheduler.events import LoadFeed, Source
 from broker.scheduler.inquiry import check_pairs
 from broker.scheduler.notices import Notices
@@ -122,9 +124,8 @@ class Scheduler:
                 self._registry, self._registrar.register, self._tally, self._config.server.splitwise
             )
             stack.push_async_callback(self._p2p_nccl.close)
-            self._aborts = Aborts(
-                self._registry, collector, lambda peer, message: self._send(self._frontends, peer, message)
-            )
+            self._asking = Asking(lambda peer, message: self._send(self._frontends, peer, message))
+            self._aborts = Aborts(self._registry, collector, self._asking)
             self._open(stack)
             self._sweep_soon()
             stack.push_async_callback(self._end_answers)
@@ -219,14 +220,16 @@ class Scheduler:
     def _from_frontend(self, peer: bytes, frame: bytes) -> None:
         match wire.decode(wire.from_frontend, frame, MAX_FRAME_BYTES):
             case wire.FrontendHello():
-                self._aborts.enter(peer)
+                self._asking.enter(peer)
                 self._send(self._frontends, peer, wire.Welcome(self._table.epoch))
             case wire.Register(call=call, body=body):
                 self._answer(peer, call, self._registrar.answer(body))
             case wire.AbortRequests(call=call, body=body):
                 self._answer(peer, call, self._aborts.answer(body))
-            case wire.Ended() as ended:
-                self._aborts.heard(peer, ended)
+            case wire.Explain(call=call, ident=ident):
+                self._answer(peer, call, explained(ident, self._asking))
+            case wire.Ended() | wire.Decided() as part:
+                self._asking.heard(peer, part)
             case wire.CheckHealth(call=call):
                 self._answer(peer, call, self._check_pairs())
             case wire.Drain(call=call, url=url, resume=resume):

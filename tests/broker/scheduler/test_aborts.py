@@ -10,8 +10,9 @@ import pytest
 
 from broker import wire
 from broker.config import Config
-from broker.scheduler import aborts
+from broker.scheduler import asking
 from broker.scheduler.aborts import Aborts
+from broker.scheduler.asking import Asking, Question
 from broker.scheduler.collect import Answer, Collector
 from broker.scheduler.registry import Registry
 from broker.types import EngineKind, Instance, Role
@@ -40,20 +41,22 @@ class Scene:
         self.holds: dict[bytes, list[tuple[str, int]]] = {b"f0": [], b"f1": []}
         self.gone: set[bytes] = set()
         self.silent: set[bytes] = set()
-        self.aborts = Aborts(self.registry, cast("Collector", self.collector), self.tell)
+        self.asking = Asking(self.tell)
+        self.aborts = Aborts(self.registry, cast("Collector", self.collector), self.asking)
         for peer in self.holds:
-            self.aborts.enter(peer)
+            self.asking.enter(peer)
 
     def add(self, url: str, engine: EngineKind, role: Role = Role.MIXED) -> None:
         self.registry.register(Instance(url=url, engine=engine, role=role), 0)
 
-    def tell(self, peer: bytes, message: wire.EndRequests) -> bool:
+    def tell(self, peer: bytes, message: Question) -> bool:
+        assert isinstance(message, wire.EndRequests)
         if peer in self.gone:
             return False
         self.asked.append((peer, message))
         if peer not in self.silent:
             ended = self.holds[peer]
-            asyncio.get_running_loop().call_soon(self.aborts.heard, peer, wire.Ended(message.ask, ended))
+            asyncio.get_running_loop().call_soon(self.asking.heard, peer, wire.Ended(message.ask, ended))
         return True
 
     def answer(self, body: bytes = BODY) -> tuple[int, Any]:
@@ -141,7 +144,7 @@ def test_a_frontend_that_is_gone_is_not_waited_for(scene: Scene) -> None:
 
 
 def test_a_frontend_that_is_silent_is_named_in_bounded_time(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aborts, "FRONTENDS_S", 0.05)
+    monkeypatch.setattr(asking, "FRONTENDS_S", 0.05)
     scene.silent = {b"f1"}
     scene.holds[b"f0"] = [("a", 1)]
     _, said = scene.answer()
@@ -156,11 +159,11 @@ def test_long_answers_come_in_parts(scene: Scene) -> None:
         for _ in range(10):
             await asyncio.sleep(0)
         ask = scene.asked[0][1].ask
-        scene.aborts.heard(b"f1", wire.Ended(ask, []))
-        scene.aborts.heard(b"f0", wire.Ended(ask, [("a", 1)], more=True))
+        scene.asking.heard(b"f1", wire.Ended(ask, []))
+        scene.asking.heard(b"f0", wire.Ended(ask, [("a", 1)], more=True))
         assert not answering.done()
-        scene.aborts.heard(b"f0", wire.Ended(ask, [("b", 2)]))
-        scene.aborts.heard(b"f0", wire.Ended(ask, [("late", 2)]))
+        scene.asking.heard(b"f0", wire.Ended(ask, [("b", 2)]))
+        scene.asking.heard(b"f0", wire.Ended(ask, [("late", 2)]))
         return await answering
 
     said = json.loads(asyncio.run(run())[1])
