@@ -63,6 +63,9 @@ QUEUE_MS = b"x-penstock-queue-ms"
 """Tells a client whose request waited for room how long it did."""
 
 
+_OPENED, _CLOSED = int(TotalColumn.STREAMS_OPENED), int(TotalColumn.STREAMS_CLOSED)
+
+
 class State(Enum):
     NEW = 0
     TOKENIZING = 1  # the tokenizer service has been asked what the prompt's tokens are
@@ -72,83 +75,46 @@ class State(Enum):
     ENDED = 5
 
 
-class Forward:
+class Forward(msgspec.Struct, eq=False):
     """One request. Its owner is whoever talks to the client: it calls `begin` once and, whatever happens, `cancel`
-    at the end. It is itself the sink of each attempt; the client's sink hears of one answer."""
+    at the end. It is itself the sink of each attempt; the client's sink hears of one answer.
 
-    __slots__ = (
-        "_asked",
-        "_attempts",
-        "_began",
-        "_bytes",
-        "_call",
-        "_choice",
-        "_events",
-        "_explains",
-        "_first_byte",
-        "_head",
-        "_ident",
-        "_last",
-        "_model",
-        "_name",
-        "_path",
-        "_paused",
-        "_place",
-        "_rescued_from",
-        "_shared",
-        "_sink",
-        "_state",
-        "_status",
-        "_steps",
-        "_stolen_from",
-        "_story",
-        "_tail",
-        "_timer",
-        "_touched",
-        "_tried",
-        "_waited",
-    )
+    A Struct, because there is one for each request: its many fields are set in C.
+    """
 
-    def __init__(
-        self,
-        shared: Forwarder,
-        ident: bytes,
-        route: RouteRequest,
-        request: UpstreamRequest,
-        sink: WholeSink,
-        story: Story | None = None,
-        *,
-        explains: bool = False,
-    ) -> None:
-        """`explains`: the answer says in a header why its instance was chosen."""
-        self._shared = shared
-        self._story = story
-        self._explains = explains
-        self._steps: list[Step] | None = [] if explains or shared.decisions is not None else None
-        self._ident = ident
-        self._name = request.request_id
-        self._path = request.path
-        self._model = route.model
-        # Until the first byte, for the next attempt; then let go: a stream's prompt is not kept for its length.
-        self._asked: tuple[RouteRequest, UpstreamRequest] | None = (route, request)
-        self._sink = sink
-        self._state = State.NEW
-        self._choice: Chosen | None = None  # of the attempt under way, or the last one
-        self._call: Call | None = None  # None once the transport has ended it
-        self._head: tuple[int, Headers] | None = None  # held back
-        self._timer: asyncio.TimerHandle | None = None
-        self._tried: list[int] = []
-        self._attempts = 0
-        self._paused = False
-        self._place: Place | None = None  # while TOKENIZING or QUEUED: what is given up when the request ends
-        self._waited: float | None = None  # how long it stood there
-        self._stolen_from = self._rescued_from = "-"
-        self._began = self._touched = 0.0
-        self._first_byte: float | None = None
-        self._status = 0  # what the client was told, or would have been
-        self._bytes = 0
-        self._events = 0
-        self._last = self._tail = b""  # the last chunk and the one before it
+    _shared: Forwarder
+    _ident: bytes
+    _name: str  # what else it is called, with pairs
+    _path: str
+    _model: str | None
+    _sink: WholeSink
+    _asked: tuple[RouteRequest, UpstreamRequest] | None
+    """Until the first byte, for the next attempt; then let go: a stream's prompt is not kept for its length."""
+    _story: Story | None
+    _explains: bool
+    """The answer says in a header why its instance was chosen."""
+    _steps: list[Step] | None
+
+    _state: State = State.NEW
+    _choice: Chosen | None = None  # of the attempt under way, or the last one
+    _call: Call | None = None  # None once the transport has ended it
+    _head: tuple[int, Headers] | None = None  # held back
+    _timer: asyncio.TimerHandle | None = None
+    _tried: tuple[int, ...] = ()
+    _attempts: int = 0
+    _paused: bool = False
+    _place: Place | None = None  # while TOKENIZING or QUEUED: what is given up when the request ends
+    _waited: float | None = None  # how long it stood there
+    _stolen_from: str = "-"
+    _rescued_from: str = "-"
+    _began: float = 0.0
+    _touched: float = 0.0
+    _first_byte: float | None = None
+    _status: int = 0  # what the client was told, or would have been
+    _bytes: int = 0
+    _events: int = 0
+    _last: bytes = b""  # the last chunk
+    _tail: bytes = b""  # and the one before it
 
     def __repr__(self) -> str:
         where = self._choice.where if self._choice else None
@@ -176,14 +142,15 @@ class Forward:
 
     def begin(self) -> None:
         """Chooses an instance and sends the request. Without one the sink hears `fail` before this returns."""
+        shared = self._shared
         self._state = State.TRYING
-        self._began = self._shared.clock()
-        self._shared.live.add(self)
-        self._shared.counters.count(TotalColumn.STREAMS_OPENED)
+        self._began = shared.clock()
+        shared.live.add(self)
+        shared.counters.totals[_OPENED] += 1
         assert self._asked is not None
-        tokenizer, text = self._shared.tokenizer, self._asked[0].prompt
+        tokenizer, text = shared.tokenizer, self._asked[0].prompt
         if tokenizer is None or not text:
-            self._choose()
+            self._choose(self._began)
         elif (ids := tokenizer.known(text)) is not None:
             self._tokenized(ids)
         else:
@@ -197,20 +164,27 @@ class Forward:
         self._place = None
         self._state = State.TRYING
         self._asked = msgspec.structs.replace(route, prompt_ids=ids), request
-        self._choose()
+        self._choose(self._shared.clock())
 
-    def _choose(self) -> None:
+    def _choose(self, now: float) -> None:
         assert self._asked is not None
         try:
-            choice = self._shared.dispatcher.choose(self._asked[0], (), self._shared.clock())
+            choice = self._shared.dispatcher.choose(self._asked[0], (), now)
         except Saturated as saturated:
-            self._state = State.QUEUED
-            self._took(Queued(self._shared.clock(), saturated.home, saturated.considered))
-            self._place = saturated.line.wait(self._asked[0], self._asked[1].headers, saturated.home, self)
+            self._stand(saturated, None)
         except PenstockError as error:
             self.refused(error)
         else:
             self._open(choice)
+
+    def _stand(self, saturated: Saturated, since: float | None) -> None:
+        """In line; from `since` on if it has stood there before."""
+        assert self._asked is not None
+        route, request = self._asked
+        since_ns = None if since is None else int(since * 1e9)
+        self._state = State.QUEUED
+        self._took(Queued(self._shared.clock(), saturated.home, saturated.considered))
+        self._place = saturated.line.wait(route, request.headers, saturated.home, self, since_ns)
 
     def cancel(self) -> None:
         """The client is gone. Idempotent, and without effect once the request has ended."""
@@ -326,11 +300,12 @@ class Forward:
         self._status = 200
         self._bytes = len(data)
         self._last = data
-        self._first_byte = shared.clock() - self._began
-        shared.counters.observe(Histogram.FIRST_TOKEN, self._first_byte)
+        now = shared.clock()
+        self._first_byte = now - self._began
         choice.lease.answered()
         shared.dispatcher.breaker.succeeded(choice.lease.slot)
-        self._end(Outcome.DONE)
+        shared.counters.observe(Histogram.FIRST_TOKEN, self._first_byte)
+        self._end(Outcome.DONE, now)
         self._sink.answer(head, data)
 
     def fail(self, error: PenstockError) -> None:
@@ -369,7 +344,7 @@ class Forward:
         if self._steps is not None:
             self._steps.append(step)
 
-    def record(self, outcome: Outcome | None = None) -> Record:
+    def record(self, duration_s: float | None = None, outcome: Outcome | None = None) -> Record:
         """The request as it stands."""
         return Record(
             ident=self._ident,
@@ -381,7 +356,7 @@ class Forward:
             status=self._status,
             outcome=outcome,
             first_byte_s=self._first_byte,
-            duration_s=self._shared.clock() - self._began,
+            duration_s=self._shared.clock() - self._began if duration_s is None else duration_s,
         )
 
     def _try_another(self, why: str) -> bool:
@@ -389,19 +364,29 @@ class Forward:
         shared, last = self._shared, self._choice
         if last is None or self._asked is None or self._attempts >= shared.attempts:
             return False
-        self._tried += [suspect.slot for suspect in last.suspects]
+        self._tried += tuple([suspect.slot for suspect in last.suspects])
         try:
             choice = shared.dispatcher.choose(self._asked[0], self._tried, shared.clock())
+        except Saturated as saturated:  # it had a place at another host; now it needs one here
+            self._give_up(last, why)
+            self._choice = None
+            self._disarm()
+            self._stand(saturated, self._began)
+            return True
         except PenstockError:
             return False  # what this instance said is a better answer than "no instance"
+        self._give_up(last, why)
+        self._open(choice)
+        return True
+
+    def _give_up(self, last: Chosen, why: str) -> None:
+        """Ends an attempt after which another one follows."""
         next((suspect for suspect in last.suspects if not suspect.closed), last.lease).count(CounterColumn.RETRIED)
-        self._took(Failed(shared.clock(), last.where, why))
+        self._took(Failed(self._shared.clock(), last.where, why))
         call, self._call = self._call, None
         last.lease.close()
         if call is not None:
             call.cancel()
-        self._open(choice)
-        return True
 
     def _flow(self) -> None:
         """The first body byte, or the end of an empty answer: from here on nothing can be repeated."""
@@ -463,6 +448,8 @@ class Forward:
             error.request_id = self._name
         if self._story is not None:
             self._story.failed(error, paired=self._shared.pairs, began=self._state is State.FLOWING)
+        where = self._choice.where if self._choice is not None else "-"
+        self._took(Failed(self._shared.clock(), where, error.message))
         if self._state is State.FLOWING:
             self._end(Outcome.BROKEN)
         else:
@@ -470,16 +457,18 @@ class Forward:
             self._end(Outcome.FAILED)
         self._sink.fail(error)
 
-    def _end(self, outcome: Outcome) -> None:
+    def _end(self, outcome: Outcome, now: float | None = None) -> None:
+        """`now`: if the caller knows it already."""
         self._state = State.ENDED
-        self._disarm()
+        if self._timer is not None:
+            self._disarm()
         shared, counters, choice = self._shared, self._shared.counters, self._choice
         shared.live.discard(self)
-        counters.count(TotalColumn.STREAMS_CLOSED)
+        counters.totals[_CLOSED] += 1
         count_response(counters, self._status)
-        duration = shared.clock() - self._began
+        duration = (shared.clock() if now is None else now) - self._began
         if shared.decisions is not None:
-            shared.decisions.keep(self.record(outcome), asked=self._explains)
+            shared.decisions.keep(self.record(duration, outcome), asked=self._explains)
         if choice is not None:
             counters.observe(Histogram.DURATION, duration)
             if outcome is Outcome.BROKEN:
@@ -490,11 +479,11 @@ class Forward:
             if counted and len(choice.legs) > 1:
                 shared.pairings.count(choice.legs[0].instance.url, choice.lease, self._status)
             choice.lease.close(status_column(self._status) if counted else None)
-        place, self._place = self._place, None
-        if place is not None:
+        if self._place is not None:
+            place, self._place = self._place, None
             place.leave()
-        call, self._call = self._call, None
-        if call is not None:
+        if self._call is not None:
+            call, self._call = self._call, None
             call.cancel()
         if self._story is not None:
             self._story.ended(self._status, duration, completed=self._first_byte is not None)

@@ -14,7 +14,7 @@ from broker.errors import Aborted, PenstockError
 from broker.faces import face_of
 from broker.policies import in_use
 from broker.types import Instance, RouteRequest
-from frontend.decisions import Decisions, Record
+from frontend.decisions import Decisions, Record, Step
 from frontend.dispatch import Chooser
 from frontend.forward import Forward
 from frontend.pairings import Pairings
@@ -73,7 +73,10 @@ class Forwarder:
     ) -> Forward:
         """A request that has not begun; nothing is held until `begin`. `asks_why`: its client wants to be told why its
         instance was chosen."""
-        return Forward(self, ident, route, request, sink, story, explains=self._explains[asks_why])
+        explains = self._explains[asks_why]
+        steps: list[Step] | None = [] if explains or self.decisions is not None else None
+        asked = route, request
+        return Forward(self, ident, request.request_id, request.path, route.model, sink, asked, story, explains, steps)
 
     def upstream(self, instance: Instance) -> Upstream:
         return self._native if instance.is_native else self._http
