@@ -25,6 +25,7 @@ from broker.errors import PenstockError
 from broker.faces import face_of
 from broker.policies import need_index
 from broker.prefix import PrefixIndex
+from broker.types import Instance
 from broker.view import TableReader
 from frontend.accept import Evenness
 from frontend.admin import Admin
@@ -87,6 +88,16 @@ def application(inference: Inference, admin: Admin, fastdeploy: FastDeployRoutes
     return app
 
 
+def forget_guest(table: TableReader, http: HttpUpstream, native: ZmqUpstream, instance: Instance) -> None:
+    """An instance of another host is no longer used; unless it is ours as well, its connections are not kept."""
+    if any(entry.instance.url == instance.url for entry in table.entries()):
+        return
+    if instance.is_native:
+        native.forget(instance.incarnation)
+    else:
+        http.forget(instance.url)
+
+
 async def serve(
     run_dir: Path, config: Config, index: int, life: int, listen_fd: int, ready_fd: int, alive_fd: int
 ) -> None:
@@ -124,7 +135,8 @@ async def serve(
         policies = make_policies(config, index, prefixes, stories.weighed if stories is not None else None)
         dispatcher = Dispatcher(table, counters, policies, breaker)
         dispatcher.sessions = by_role(config.scheduler, counters)
-        admission = Admission(config, table, dispatcher, counters, life, loop, control.offer)
+        forget = partial(forget_guest, table, http, native)
+        admission = Admission(config, table, dispatcher, counters, life, loop, control.offer, forget)
         stack.callback(admission.close)
         control.on_grants = admission.hear
         line = admission if face.queues else dispatcher
