@@ -6,17 +6,19 @@ import json
 import os
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
 import msgspec
 
-from broker import banner, check, config, supervisor
+from broker import banner, check, config, explanation, supervisor
 from broker.config import Config
 from broker.errors import PenstockError
 from broker.faces import FACES, PENSTOCK, Face
+from broker.listing import cell, listing
 
 SIM_AUTO = 3
 """Simulated engines that `--sim auto` starts when no engine is configured."""
@@ -166,15 +168,7 @@ def instances(url: str | None, port: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
-    show(answer["instances"], COLUMNS)
-
-
-def show(found: list[dict[str, Any]], columns: list[str]) -> None:
-    """A table, the columns as wide as what is in them."""
-    rows = [columns, *([cell(row.get(key)) for key in columns] for row in found)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    for row in rows:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    echo(listing(answer["instances"], COLUMNS))
 
 
 COLUMNS = [
@@ -203,16 +197,35 @@ def queue(url: str | None, port: int, as_json: bool) -> None:
         click.echo(json.dumps(answer, indent=2))
         return
     click.echo(f"{answer['tickets']} requests with {answer['tokens']} prompt tokens wait")
-    show(answer["instances"], QUEUE_COLUMNS)
+    echo(listing(answer["instances"], QUEUE_COLUMNS))
     if cluster := answer.get("cluster"):
         state = f"{cluster['state']}{', ' + cluster['reason'] if cluster.get('reason') else ''}"
         borrowed, lent = cell(cluster.get("borrowed")), cell(cluster.get("lent"))
         click.echo(f"cluster {cluster.get('topic', '')}: {state}; {borrowed} requests elsewhere, {lent} places lent")
-        show(cluster["hosts"], HOST_COLUMNS)
+        echo(listing(cluster["hosts"], HOST_COLUMNS))
 
 
 QUEUE_COLUMNS = ["url", "tickets", "tokens", "reserved", "lent", "granted", "stolen", "robbed"]
 HOST_COLUMNS = ["name", "tickets", "tokens", "id"]
+
+
+@cli.command()
+@click.argument("ident", metavar="ID")
+@server_option
+@port_option
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON as it came.")
+def explain(ident: str, url: str | None, port: int, as_json: bool) -> None:
+    """Tell why the request ID went where it went.
+
+    ID is what its log line begins with and its answer says in X-Request-Id, or the id in the answer's body. Each
+    frontend remembers its last requests (server.decisions), and apart from them the last that waited, were moved or
+    failed.
+    """
+    answer = call(url, port, f"/explain/{urllib.parse.quote(ident, safe='')}")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    echo(explanation.told(answer))
 
 
 @cli.command()
@@ -226,12 +239,9 @@ def drain(instance: str, resume: bool, url: str | None, port: int) -> None:
     click.echo(f"{answer['url']} is {answer['state']}")
 
 
-def cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+def echo(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
 
 
 def call(url: str | None, port: int, path: str, body: object = None) -> Any:

@@ -45,7 +45,7 @@ class Granted(msgspec.Struct, frozen=True, gc=False):
 
 
 class Failed(msgspec.Struct, frozen=True, gc=False):
-    """An attempt, after which another one follows."""
+    """An attempt, or with the last one the request. `where` is `-` if it was nowhere."""
 
     at: float
     where: str
@@ -78,7 +78,6 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """None: it is under way."""
     first_byte_s: float | None
     duration_s: float
-    error: str = ""
 
 
 class Decisions:

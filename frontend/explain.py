@@ -185,7 +185,6 @@ class Explainer:
             "duration_ms": _rounded(record.duration_s),
             "status": record.status or None,
             "outcome": record.outcome or "under way",
-            "error": record.error or None,
             "steps": [self._step(step, record.began) for step in record.steps],
         }
 
