@@ -111,7 +111,7 @@ class Connection(HttpToolsProtocol):
             return
         if self._is_between and self._running is None and self._lean is not None:
             known = self._lean.known.whole(data)
-            if known is not None and not self.transport.is_closing():
+            if known is not None and len(known[1]) <= self._lean.inference.limit and not self.transport.is_closing():
                 self._serve(self._lean, *known)
                 return
             self._fresh = data
@@ -188,7 +188,7 @@ class Connection(HttpToolsProtocol):
             head = read_head(path, target, found, names=self._lean.names, modern=modern, keep_alive=keep_alive)
             if fresh and not head.ident and not self.expect_100_continue:
                 self._lean.known.learn(fresh, len(found), head)
-            cycle = LeanCycle(self, self._lean, head, keep_alive=keep_alive and not self._stopping)
+            cycle = self._lean.cycle(self, head, keep_alive=keep_alive and not self._stopping)
             if says_too_large(found, self._lean.inference.limit):
                 cycle.refuse(too_large(self._lean.inference.limit))
             self.headers = []
@@ -262,11 +262,10 @@ class Connection(HttpToolsProtocol):
         """A whole request whose head is known: all that the parser's callbacks would have done."""
         self._requested = True
         self._idle.leave(self)
-        self._running = cycle = LeanCycle(self, lean, head, keep_alive=head.keep_alive and not self._stopping)
+        self._running = cycle = lean.cycle(self, head, keep_alive=head.keep_alive and not self._stopping)
         self.cycle = _as_uvicorns(cycle)
-        cycle.feed(body)
         cycle.more_body = False
-        cycle.begin()
+        cycle.begin_with(body)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """uvicorn's name for: it is this request's turn."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
+import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
@@ -63,6 +64,9 @@ class Lean:
             return False
         return self._takes_any or self.inference.serves(url.partition(b"?")[0].decode("latin-1"))
 
+    def cycle(self, client: Client, request: RequestHead, *, keep_alive: bool) -> LeanCycle:
+        return LeanCycle(client, self, request, request.ident or headers.new_id(), keep_alive)
+
     def default_lines(self) -> bytes:
         """The headers that the server adds to every answer, as they are written. uvicorn makes them once a second."""
         if self._state.default_headers is not self._defaults:
@@ -100,47 +104,26 @@ class Client(Protocol):
     def on_response_complete(self) -> None: ...
 
 
-class LeanCycle:
+class LeanCycle(msgspec.Struct, eq=False):
     """One request and its answer: the client's sink. Owned by its connection; owns its `Forward`."""
 
-    __slots__ = (
-        "_chunked",
-        "_client",
-        "_error",
-        "_events",
-        "_forward",
-        "_head",
-        "_ident",
-        "_last",
-        "_lean",
-        "_left",
-        "_parts",
-        "_request",
-        "_size",
-        "_started",
-        "keep_alive",
-        "more_body",
-        "response_complete",
-    )
-
-    def __init__(self, client: Client, lean: Lean, request: RequestHead, *, keep_alive: bool) -> None:
-        self.keep_alive = keep_alive
-        self.more_body = True
-        self.response_complete = False
-        self._client = client
-        self._lean = lean
-        self._request = request
-        self._ident = request.ident or headers.new_id()
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._error: BadRequest | None = None  # why the body is not read on
-        self._forward: Forward | None = None
-        self._started = False
-        self._head = b""  # held until the first bytes of the body, so that both go out in one write
-        self._chunked = False
-        self._events = False
-        self._left = 0  # bytes of the body that the answer's length announces
-        self._last = b""
+    _client: Client
+    _lean: Lean
+    _request: RequestHead
+    _ident: bytes
+    keep_alive: bool
+    more_body: bool = True
+    response_complete: bool = False
+    _parts: list[bytes] = []
+    _size: int = 0
+    _error: BadRequest | None = None  # why the body is not read on
+    _forward: Forward | None = None
+    _started: bool = False
+    _head: bytes = b""  # held until the first bytes of the body, so that both go out in one write
+    _chunked: bool = False
+    _events: bool = False
+    _left: int = 0  # bytes of the body that the answer's length announces
+    _last: bytes = b""
 
     def __repr__(self) -> str:
         state = "complete" if self.response_complete else "reading" if self.more_body else "open"
@@ -175,21 +158,23 @@ class LeanCycle:
 
     def begin(self) -> None:
         """Sends the request on its way. To be called once, when it is this one's turn and it is ready."""
-        inference = self._lean.inference
-        request, parts = self._request, self._parts
+        parts = self._parts
         self._parts, self._size = [], 0  # an open stream does not keep its prompt
+        if self._error is not None:
+            self._refused(self._error)
+        else:
+            self.begin_with(b"".join(parts))
+
+    def begin_with(self, body: bytes) -> None:
+        """As `begin`, with the whole body, which was never fed."""
+        client, inference = self._client, self._lean.inference
         try:
-            if self._error is not None:
-                raise self._error
-            data = parts[0] if len(parts) == 1 else b"".join(parts)
-            forward = inference.forward(request, data, self._ident, self, self._client.peer)
-            self._forward = forward
-            if self._client.writes_are_paused:
+            self._forward = forward = inference.forward(self._request, body, self._ident, self, client.peer)
+            if client.writes_are_paused:
                 forward.pause()
             forward.begin()
         except BadRequest as error:
-            inference.refuse(request.path, self._ident, error, self._client.peer)
-            self._answer_with(error)
+            self._refused(error)
         except Exception:  # the outermost net, as starlette has it for its routes
             logger.exception("a request failed")
             self.leave()
@@ -280,6 +265,10 @@ class LeanCycle:
             self.keep_alive = False
         lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
         self._head = b"".join(lines)
+
+    def _refused(self, error: BadRequest) -> None:
+        self._lean.inference.refuse(self._request.path, self._ident, error, self._client.peer)
+        self._answer_with(error)
 
     def _answer_with(self, error: PenstockError) -> None:
         inference = self._lean.inference

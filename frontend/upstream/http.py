@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
+import msgspec
+
 from broker.config import Config
 from broker.errors import BadRequest, ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
 from broker.types import Instance
@@ -44,7 +46,7 @@ class HttpUpstream:
         return f"<HttpUpstream {list(self._pools.values())}>"
 
     def open(self, instance: Instance, request: UpstreamRequest, sink: Sink) -> Call:
-        call = HttpCall(self._loop, sink, self._connect_s)
+        call = HttpCall(self._loop, self._connect_s, sink, hasattr(sink, "answer"))
         try:
             if self._closed:
                 raise ConnectFailed("the frontend is closing")
@@ -75,40 +77,24 @@ class HttpUpstream:
             pool.close(UpstreamBroken("the frontend is closing"))
 
 
-class HttpCall:
+class HttpCall(msgspec.Struct, eq=False):
     """One request at one engine: `Call` for whoever forwards, `Exchange` and `Waiter` for the connection.
 
     `sink` is None once the call has ended, in whichever way: that is what makes every end the only one.
     """
 
-    __slots__ = (
-        "_connect_s",
-        "_connection",
-        "_deadline",
-        "_loop",
-        "_pool",
-        "_retried",
-        "_sink",
-        "body",
-        "head",
-        "head_only",
-        "paused",
-        "takes_whole",
-    )
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, sink: Sink, connect_s: float) -> None:
-        self.paused = False
-        self.head = b""
-        self.body = b""
-        self.head_only = False
-        self.takes_whole = hasattr(sink, "answer")
-        self._loop = loop
-        self._connect_s = connect_s
-        self._sink: Sink | None = sink
-        self._pool: Pool | None = None
-        self._connection: Connection | None = None
-        self._deadline: asyncio.TimerHandle | None = None
-        self._retried = False
+    _loop: asyncio.AbstractEventLoop
+    _connect_s: float
+    _sink: Sink | None
+    takes_whole: bool
+    head: bytes = b""
+    body: bytes = b""
+    head_only: bool = False
+    paused: bool = False
+    _pool: Pool | None = None
+    _connection: Connection | None = None
+    _deadline: asyncio.TimerHandle | None = None
+    _retried: bool = False
 
     def __repr__(self) -> str:
         state = "ended" if self._sink is None else "open" if self._connection else "waiting"
@@ -153,8 +139,9 @@ class HttpCall:
     def answer(self, head: AnswerHead, data: bytes) -> None:
         sink = cast("WholeSink | None", self._sink)
         if sink is not None:
-            self._connection = None
-            self._end()
+            self._connection = self._sink = None  # already given back
+            if self._deadline is not None:
+                self._deadline.cancel()
             sink.answer(head, data)
 
     def start(self, status: int, headers: Headers) -> None:
