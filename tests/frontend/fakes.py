@@ -126,8 +126,8 @@ class Client:
 class Frontend:
     """Everything between the client's sink and the transports, over a real table."""
 
-    def __init__(self, path: Path, *urls: str, model: str = "tiny", **sections: Any) -> None:
-        self.run = Run(path, slots=8, frontends=2)
+    def __init__(self, path: Path, *urls: str, model: str = "tiny", slots: int = 8, **sections: Any) -> None:
+        self.run = Run(path, slots=slots, frontends=2)
         self.config: Config = msgspec.structs.replace(self.run.config, **sections)
         self.slots = {url: self.run.admit(url, model) for url in urls}
         self.counters: FrontendCounters = self.run.frontend(0)
