@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import lru_cache
 
 from broker.faces import Event, Face
 
@@ -32,4 +33,10 @@ class Narrator:
 
 def printable(text: str) -> str:
     """Text from outside in a form that cannot forge a log line."""
-    return _UNPRINTABLE.sub("?", text[:128])
+    return _printable(text[:128])
+
+
+@lru_cache(1024)
+def _printable(text: str) -> str:
+    """Kept: paths and models come again with every request."""
+    return _UNPRINTABLE.sub("?", text)

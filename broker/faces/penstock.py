@@ -17,8 +17,12 @@ BYTES_PER_TOKEN = 4
 
 
 def estimate(texts: list[str], ids: int) -> Estimate:
-    text = texts[0] if len(texts) == 1 else "\n".join(texts)
-    size = sum(map(_utf8_bytes, texts))
+    if len(texts) == 1:
+        text = texts[0]
+        size = _utf8_bytes(text)
+    else:
+        text = "\n".join(texts)
+        size = _utf8_bytes(text) - max(0, len(texts) - 1)
     return Estimate(text, ids - (-size // BYTES_PER_TOKEN))
 
 
