@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import decimal
 import json
+import math
 from typing import Any
 
 import msgspec
+
+from broker.faces import go_json
 
 _ESCAPED = (
     (b"<", b"\\u003c"),
@@ -46,8 +50,24 @@ def _trimmed(ns: int, size: int) -> str:
     return f"{whole}.{digits}" if digits else str(whole)
 
 
+def number(value: float) -> str:
+    """As `%v` prints a float64: the fewest digits that mean it, with an exponent from a million on."""
+    if not math.isfinite(value):
+        return {"inf": "+Inf", "-inf": "-Inf"}.get(str(value), "NaN")
+    exact = decimal.Decimal(repr(value)).normalize()
+    power = exact.adjusted()
+    if -4 <= power < 6:
+        return f"{exact:f}"
+    mantissa = exact.scaleb(-power)
+    return f"{mantissa:f}e{power:+03d}"
+
+
 def complaint(data: bytes, wanted: str) -> str:
     """What `encoding/json` says of bytes that are no JSON value of the type `wanted`."""
+    if len(data) <= go_json.MOST_BYTES:
+        said = go_json.syntax_error(data)
+        if said is not None:
+            return said
     try:
         tree = json.loads(data)
     except json.JSONDecodeError as e:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from broker.errors import BadRegistration, Fault
+from broker.faces import go
 from broker.faces.go import kind
 
 
@@ -39,7 +40,7 @@ def _role(field: str, value: object) -> None:
     wanted = "mixed, prefill or decode (or 0, 1, 2)"
     if isinstance(value, str):
         return
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not _is_int64(value):
         raise wrong(field, wanted, value, _mismatch(field, value, "string"))
     if value not in (0, 1, 2):
         raise wrong(field, wanted, value, f"invalid role integer: {value}")
@@ -51,25 +52,29 @@ def _text(field: str, value: object) -> None:
 
 
 def _number_or_text(field: str, value: object) -> None:
-    if type(value) is not int and not isinstance(value, str):
+    if not isinstance(value, str) and not _is_int64(value):
         raise wrong(field, "an integer or a string", value, _mismatch(field, value, "string"))
 
 
 def _number(field: str, value: object) -> None:
-    if type(value) is not int:
-        raise wrong(field, "an integer", value, _mismatch(field, value, "int"))
+    if not _is_int64(value):
+        said = go.number(value) if type(value) is float else str(value)
+        shape = f"number {said}" if kind(value) == "number" else kind(value)
+        raise wrong(field, "an integer", value, _mismatch(field, value, "int", shape))
 
 
 def _texts(field: str, value: object) -> None:
-    for index, element in enumerate(_list(field, value)):
-        if not isinstance(element, str):
-            raise wrong(field, "a list of words", value, _mismatch(f"{field}[{index}]", element, "string"))
+    for element in _list(field, value, "[]string"):
+        if element is not None and not isinstance(element, str):
+            raise wrong(field, "a list of words", value, _mismatch(field, element, "string"))
 
 
 def _numerals(field: str, value: object) -> None:
-    for index, element in enumerate(_list(field, value)):
-        if type(element) is float and not element.is_integer():
-            detail = f"element {index}: {element:g} not integer"
+    for index, element in enumerate(_list(field, value, "[]interface {}")):
+        if type(element) is float and not (element.is_integer() and _is_int64(int(element))):
+            detail = f"element {index}: {go.number(element)} not integer"
+        elif type(element) is int and not _is_int64(element):
+            detail = f"element {index}: {go.number(float(element))} not integer"
         elif type(element) not in (int, float, str):
             detail = f"element {index}: type {_GO[kind(element)]} unsupported"
         else:
@@ -77,14 +82,18 @@ def _numerals(field: str, value: object) -> None:
         raise wrong(field, "a list of integers or strings", value, detail)
 
 
-def _list(field: str, value: object) -> list[Any]:
+def _list(field: str, value: object, wanted: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise wrong(field, "a list", value, _mismatch(field, value, "[]string"))
+        raise wrong(field, "a list", value, _mismatch(field, value, wanted))
     return list(value)
 
 
-def _mismatch(field: str, value: object, wanted: str) -> str:
-    return f"json: cannot unmarshal {kind(value)} into Go struct field InstanceInfo.{field} of type {wanted}"
+def _is_int64(value: object) -> bool:
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
+
+
+def _mismatch(field: str, value: object, wanted: str, shape: str = "") -> str:
+    return f"json: cannot unmarshal {shape or kind(value)} into Go struct field InstanceInfo.{field} of type {wanted}"
 
 
 _GO = {"null": "<nil>", "bool": "bool", "array": "[]interface {}", "object": "map[string]interface {}"}

@@ -98,7 +98,7 @@ def parse_body(body: bytes, splitwise: bool, *, comma_lists: bool = True) -> Reg
         raw = msgspec.json.decode(body, type=dict[str, msgspec.Raw] | None) or {}
         fields = {key: value if key == "transfer" else msgspec.json.decode(value) for key, value in raw.items()}
     except UNDECODABLE as e:
-        detail = go.complaint(body, "common.InstanceInfo")
+        detail = go.complaint(body, "manager.InstanceInfo")
         raise BadRegistration(f"the body must be a JSON object: {e}", fault=Fault.MALFORMED, detail=detail) from e
     return parse(fields, splitwise, comma_lists=comma_lists)
 
@@ -181,9 +181,9 @@ def _too_large(size: int) -> MetadataTooLarge:
 
 
 def _role(fields: Fields) -> Role:
-    value = fields.get("role", "")
-    if value == "":
+    if "role" not in fields:
         raise _missing("role")
+    value = fields["role"]
     if value is None:
         return Role.MIXED
     if not isinstance(value, str):
@@ -224,7 +224,7 @@ def _host(fields: Fields, native: bool) -> tuple[str, str]:
     if value is None or value == "":
         raise _missing("host_ip")
     wanted, detail = "must be an IPv4 or IPv6 address or a host name", f"invalid host_ip: {value}"
-    scheme, separator, host = value.strip().lower().partition("://")
+    scheme, separator, host = value.lower().partition("://")
     if not separator:
         scheme, host = ("tcp" if native else "http"), scheme
     if scheme not in (("tcp",) if native else ("http", "https")):
@@ -245,14 +245,14 @@ def _host(fields: Fields, native: bool) -> tuple[str, str]:
     return scheme, host
 
 
-def _port(field: str, value: object, *, lowest: int = 1, detail: str = "invalid {field}: {value}") -> int | None:
+def _port(field: str, value: object, *, detail: str = "invalid {field}: {value}") -> int | None:
     """None = not sent: missing, null or empty."""
     if value is None or value == "":
         return None
     number = _whole(value)
-    if number is None or not lowest <= number <= 65535:
+    if number is None or not 1 <= number <= 65535:
         said = detail.format(field=field, value=value)
-        raise bad(field, f"must be a port from {lowest} to 65535, not {shown(value)}", detail=said)
+        raise bad(field, f"must be a port from 1 to 65535, not {shown(value)}", detail=said)
     return number
 
 
@@ -338,7 +338,7 @@ def _fastdeploy(fields: Fields, splitwise: bool) -> FastDeployFields | None:
     for protocol in protocols or ():
         if protocol not in ("ipc", "rdma"):
             wanted = f"must list ipc, rdma or both, not {shown(protocol)}"
-            raise bad("transfer_protocol", wanted, detail=f"invalid protocol: {protocol}")
+            raise bad("transfer_protocol", wanted, detail=f"invalid protocol: {protocol or ''}")
     rdma_ports = _numerals(fields, "rdma_ports")
     if splitwise:
         for index, rdma_port in enumerate(rdma_ports or ()):
@@ -349,7 +349,7 @@ def _fastdeploy(fields: Fields, splitwise: bool) -> FastDeployFields | None:
         transfer_protocol=protocols,
         rdma_ports=rdma_ports,
         device_ids=_numerals(fields, "device_ids"),
-        tp_size=_integer("tp_size", fields.get("tp_size"), 1 << 20),
+        tp_size=fields.get("tp_size") or 0,
         version=_version(fields.get("version")),
     )
 
@@ -380,14 +380,17 @@ def _pair(fields: Fields) -> PairFields | None:
 
 
 def _peer_port(fields: Fields, field: str, splitwise: bool) -> str:
-    """A port that only prefill/decode pairs use, so its range matters to them alone. null is "0" = none."""
+    """A port that only prefill/decode pairs use, so its range matters to them alone.
+
+    null, which engines send for none, is "0", as the original shows it; it refused what it made of it.
+    """
     if field not in fields:
         return ""
     value = fields[field]
     if value is None:
         return "0"
     if splitwise:
-        number = _port(field, value, lowest=0)
+        number = _port(field, value)
         return "" if number is None else str(number)
     return str(value)[:64]
 

@@ -64,7 +64,7 @@ def traits(instance: Instance) -> Traits:
     if connector is Connector.DISAGGREGATE_INFO:
         tp = tp_size(instance)
     else:
-        tp = instance.fastdeploy.tp_size if instance.fastdeploy else 0
+        tp = max(instance.fastdeploy.tp_size, 0) if instance.fastdeploy else 0
     return Traits(connector, tp, instance.models)
 
 

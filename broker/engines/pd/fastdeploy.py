@@ -79,7 +79,7 @@ def fields(instance: Instance) -> FastDeployFields:
 def tp_size(instance: Instance) -> int:
     """As registered, else one per device, else 1."""
     found = fields(instance)
-    return found.tp_size or len(found.device_ids or ()) or 1
+    return max(found.tp_size, 0) or len(found.device_ids or ()) or 1
 
 
 def _share_memory(prefill: Instance, decode: Instance) -> bool:
