@@ -1,0 +1,168 @@
+"""What became of every request: the clients' ledgers beside those of the engines, and of the time of each blow."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tests.chaos.blows import Blow, Kind
+from tests.chaos.load import Load
+from tests.support.client import Exchange, State
+
+SLACK_S = 1.0
+"""A connection may break this long after its frontend was killed: the machine is busy."""
+SURE_S = 0.5
+"""Two requests of one client have begun to wait, or been granted, in a known order when that far apart: in between lie
+a connection and a frontend's turn."""
+AGAIN_S = 4.0
+"""After a scheduler is there again, until all that wait are in its line."""
+
+
+class Run(NamedTuple):
+    """One request at one engine, by the engine's ledger."""
+
+    engine: str
+    state: str
+    tokens: int
+    bytes: int
+
+
+@dataclass
+class Verdict:
+    requests: int = 0
+    answered: int = 0
+    stolen: int = 0
+    """Answered by an engine of another host."""
+    waited: int = 0
+    broken: int = 0
+    """Connections of processes that were killed."""
+    errors: Counter[str] = field(default_factory=Counter)
+    """Explicit ones, by status or event and code; those of hosts that nothing had happened to begin with `!`."""
+    ran_again: int = 0
+    """Requests that reached a second engine, before the first one had answered a byte."""
+    compared: int = 0
+    """Pairs of neighbours in a line whose order was compared."""
+    failures: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        errors = ", ".join(f"{count} x {what}" for what, count in sorted(self.errors.items())) or "none"
+        return [
+            f"{self.requests} requests: {self.answered} answered ({self.waited} had waited, {self.stolen} ran at "
+            f"another host), {self.broken} broken with their process",
+            f"explicit errors: {errors}",
+            f"sent to a second engine: {self.ran_again}; order compared in {self.compared} pairs",
+            *(f"FAILED: {failure}" for failure in self.failures[:20]),
+            *([f"... and {len(self.failures) - 20} more"] if len(self.failures) > 20 else []),
+        ]
+
+
+def judge(load: Load, runs: Mapping[str, Sequence[Run]], blows: Sequence[Blow]) -> Verdict:
+    """`runs`: what the engines did, by the request's id."""
+    verdict = Verdict()
+    for host, client in enumerate(load.clients):
+        mine = [blow for blow in blows if blow.host == host]
+        for exchange in client.ledger.values():
+            verdict.requests += 1
+            _one(verdict, exchange, host, runs.get(exchange.id, ()), mine)
+        unruly = [blow for blow in mine if blow.kind is not Kind.FRONTEND]
+        _order(verdict, list(client.ledger.values()), load.priorities, unruly, blows)
+    for id, each in runs.items():
+        if sum(run.state == "finished" for run in each) > 1:
+            verdict.failures.append(f"{id} was answered twice: {each}")
+        if any(run.state == "open" for run in each):
+            verdict.failures.append(f"{id} still runs: {each}")
+        verdict.ran_again += len(each) > 1
+    return verdict
+
+
+def _one(verdict: Verdict, exchange: Exchange, host: int, runs: Sequence[Run], blows: Sequence[Blow]) -> None:
+    finished = [run for run in runs if run.state == "finished"]
+    if exchange.whole:
+        verdict.answered += 1
+        verdict.waited += "x-penstock-queue-ms" in exchange.headers
+        engine = exchange.fingerprint()
+        verdict.stolen += not engine.startswith(f"h{host}")
+        if [(run.engine, run.bytes) for run in finished] != [(engine, len(exchange.body))]:
+            verdict.failures.append(f"{exchange} was answered by {engine}, but engines say {runs}")
+        return
+    hit = any(
+        blow.kind in (Kind.HOST, Kind.FRONTEND)
+        and exchange.sent_at <= blow.over + SLACK_S
+        and blow.at <= exchange.ended_at
+        and exchange.ended_at >= blow.at
+        for blow in blows
+    )
+    if exchange.state is State.OPEN:
+        verdict.failures.append(f"{exchange} has not ended; engines say {runs}")
+    elif exchange.state is State.BROKEN:
+        verdict.broken += 1
+        if not hit:
+            verdict.failures.append(f"{exchange} broke, and nothing was killed at its host; engines say {runs}")
+    elif (error := exchange.error()) is None:
+        verdict.failures.append(f"{exchange} ended without an answer and without an error; engines say {runs}")
+    else:
+        where = "event" if exchange.status == 200 else exchange.status
+        verdict.errors[f"{'' if blows_during(exchange, blows) else '!'}{where} {error.get('code')}"] += 1
+
+
+def blows_during(exchange: Exchange, blows: Sequence[Blow]) -> bool:
+    return any(exchange.sent_at <= blow.over + SLACK_S and blow.at <= exchange.ended_at for blow in blows)
+
+
+def _order(
+    verdict: Verdict,
+    exchanges: Sequence[Exchange],
+    priorities: Mapping[str, str],
+    unruly: Sequence[Blow],
+    blows: Sequence[Blow],
+) -> None:
+    """First come, first served, among those of one priority that prefer one instance.
+
+    While a host has no scheduler each of its frontends serves its own in order; the two are not compared then.
+    """
+    lines: dict[tuple[str, str], list[Exchange]] = defaultdict(list)
+    for exchange in exchanges:
+        said = decision(exchange)
+        if exchange.whole and said.get("tries") == "1" and said.get("queue_ms", "-") != "-":
+            home = said["stolen_from"] if said["stolen_from"] != "-" else said["instance"]
+            lines[priorities[exchange.id], home].append(exchange)
+    for line in lines.values():
+        latest: Exchange | None = None  # of those that came before: the one that was granted last
+        for exchange in sorted(line, key=_sent):
+            if any(blow.at <= granted_at(exchange) and exchange.sent_at <= blow.over + AGAIN_S for blow in unruly):
+                continue
+            if latest is not None:
+                verdict.compared += 1
+                late = granted_at(latest) - granted_at(exchange)
+                if late > SURE_S and exchange.sent_at - latest.sent_at > SURE_S:
+                    verdict.failures.append(
+                        f"{exchange.id} passed {latest.id}: it came {exchange.sent_at - latest.sent_at:.2f} s later, "
+                        f"and was granted {late:.2f} s earlier, {_near(exchange, blows)}; {decision(exchange)}, "
+                        f"{decision(latest)}"
+                    )
+            if latest is None or granted_at(exchange) > granted_at(latest):
+                latest = exchange
+
+
+def decision(exchange: Exchange) -> dict[str, str]:
+    """`X-Penstock-Decision`."""
+    words = exchange.headers.get("x-penstock-decision", "").split()
+    return dict(word.split("=", 1) for word in words)
+
+
+def granted_at(exchange: Exchange) -> float:
+    return exchange.sent_at + float(decision(exchange)["queue_ms"]) / 1e3
+
+
+def _near(exchange: Exchange, blows: Sequence[Blow]) -> str:
+    """What was killed before it was granted."""
+    before = [
+        f"{granted_at(exchange) - blow.at:.1f} s after {blow}" for blow in blows if blow.at <= granted_at(exchange)
+    ]
+    return ", ".join(before[-2:])
+
+
+def _sent(exchange: Exchange) -> float:
+    return exchange.sent_at
