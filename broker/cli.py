@@ -191,13 +191,23 @@ COLUMNS = [
 @port_option
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON as it came.")
 def queue(url: str | None, port: int, as_json: bool) -> None:
-    """Show the requests that wait for room, and what instances took over from each other."""
+    """Show the requests that wait for room, and what instances took over from each other.
+
+    By instance: tickets and tokens in line for it now; places reserved for grants on their way, and lent to other
+    hosts; since it registered, requests granted from a line, how long they waited in the mean (wait_ms), how many of
+    them were stolen from another's line or came back (returned), and what others took from it: from its line (robbed),
+    or sent to it already (rescued).
+    """
     answer = call(url, port, "/queue")
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
-    click.echo(f"{answer['tickets']} requests with {answer['tokens']} prompt tokens wait")
-    echo(listing(answer["instances"], QUEUE_COLUMNS))
+    click.echo(f"{answer['tickets']} requests with {answer['tokens']} uncached prompt tokens wait")
+    rows = [
+        {**row, "wait_ms": row["wait_s"] / row["granted"] * 1e3 if row["granted"] else None}
+        for row in answer["instances"]
+    ]
+    echo(listing(rows, QUEUE_COLUMNS))
     if cluster := answer.get("cluster"):
         state = f"{cluster['state']}{', ' + cluster['reason'] if cluster.get('reason') else ''}"
         borrowed, lent = cell(cluster.get("borrowed")), cell(cluster.get("lent"))
@@ -205,7 +215,19 @@ def queue(url: str | None, port: int, as_json: bool) -> None:
         echo(listing(cluster["hosts"], HOST_COLUMNS))
 
 
-QUEUE_COLUMNS = ["url", "tickets", "tokens", "reserved", "lent", "granted", "stolen", "robbed"]
+QUEUE_COLUMNS = [
+    "url",
+    "tickets",
+    "tokens",
+    "reserved",
+    "lent",
+    "granted",
+    "wait_ms",
+    "stolen",
+    "returned",
+    "robbed",
+    "rescued",
+]
 HOST_COLUMNS = ["name", "tickets", "tokens", "id"]
 
 

@@ -90,10 +90,12 @@ class QueueColumn(IntEnum):
     RESERVED = 1  # granted tickets whose lease is not seen in the counters yet
     TICKETS = 2  # waiting that prefer the instance, and their prompt tokens
     TOKENS = 3
-    GRANTED = 4  # since the slot's generation began, as the next two
+    GRANTED = 4  # since the slot's generation began, as the next two; those returned later included
     STOLEN = 5  # of those granted: from another instance's queue
     ROBBED = 6  # tickets that preferred the instance and were granted to another
     LENT = 7  # places that requests of other hosts have, or are offered
+    RETURNED = 8  # of those granted: back in line, as the instance could not be taken; since the generation began
+    WAITED_US = 9  # in line, of all those granted; since the generation began
 
 
 class Cell(IntEnum):

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from broker.counters import CounterColumn
 from broker.errors import UNDECODABLE
 from broker.table import UNKNOWN, Column, QueueColumn, State
 from broker.types import Trust
@@ -93,9 +94,17 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     lent: int
     """Places that requests of other hosts have, or are offered."""
     granted: int
-    """Since it registered, as the next two."""
+    """Since it registered, as all that follow."""
+    wait_s: float
+    """In line, of all those together."""
     stolen: int
+    """Of those granted: from another instance's line."""
     robbed: int
+    """From its own line, by others."""
+    returned: int
+    """Of those granted: back in line, as it could not be taken."""
+    rescued: int
+    """Sent to it, taken back before the first byte and sent elsewhere."""
 
 
 def queue(table: TableReader) -> list[QueueRow]:
@@ -106,6 +115,7 @@ def queue(table: TableReader) -> list[QueueRow]:
 def _queue_row(table: TableReader, entry: Entry) -> QueueRow:
     slots = len(table.queue) // len(QueueColumn)
     cells = {column: table.queue[column * slots + entry.slot] for column in QueueColumn}
+    counted = table.counted(entry)
     return QueueRow(
         url=entry.instance.url,
         tickets=cells[QueueColumn.TICKETS],
@@ -113,8 +123,11 @@ def _queue_row(table: TableReader, entry: Entry) -> QueueRow:
         reserved=cells[QueueColumn.RESERVED],
         lent=cells[QueueColumn.LENT],
         granted=cells[QueueColumn.GRANTED],
+        wait_s=cells[QueueColumn.WAITED_US] / 1e6,
         stolen=cells[QueueColumn.STOLEN],
         robbed=cells[QueueColumn.ROBBED],
+        returned=cells[QueueColumn.RETURNED],
+        rescued=counted[CounterColumn.RESCUED] if counted is not None else 0,
     )
 
 

@@ -65,11 +65,13 @@ _REFUSALS = (
 
 _QUEUE = (
     ("queue_tickets", "Requests in line that prefer the instance", GaugeMetricFamily, "tickets"),
-    ("queue_tokens", "Prompt tokens of those requests", GaugeMetricFamily, "tokens"),
+    ("queue_tokens", "Prompt tokens of those requests that it has not cached", GaugeMetricFamily, "tokens"),
     ("queue_lent", "Places that requests of other hosts have, or are offered", GaugeMetricFamily, "lent"),
     ("queue_granted", "Requests from a line that the instance was granted", CounterMetricFamily, "granted"),
-    ("queue_stolen", "Of those, taken from the line of another instance", CounterMetricFamily, "stolen"),
+    ("queue_waited_seconds", "In line, of all those together", CounterMetricFamily, "wait_s"),
+    ("queue_stolen", "Of those granted, taken from the line of another instance", CounterMetricFamily, "stolen"),
     ("queue_robbed", "Requests from the instance's line that another was granted", CounterMetricFamily, "robbed"),
+    ("queue_returned", "Of those granted, back in line as it could not be taken", CounterMetricFamily, "returned"),
 )
 _CLUSTER = (
     ("offered", "Places that were offered to other hosts", SchedulerEvent.CLUSTER_OFFERED),

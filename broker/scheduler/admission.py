@@ -161,6 +161,7 @@ class Admission:
         for number in message.returned:
             if reserved := self._release((*peer, number)):
                 self._count(SchedulerEvent.TICKETS_RETURNED)
+                self._cells[QueueColumn.RETURNED * self._slots + reserved.slot] += 1
                 self._queue.put_back(reserved.ticket, now_ns)
             elif abroad is not None and (again := abroad.returned((*peer, number))) is not None:
                 self._count(SchedulerEvent.TICKETS_RETURNED)
@@ -267,6 +268,7 @@ class Admission:
         self._reserved[ticket.ident] = _Reserved(ticket, slot, now_ns)
         self._cells[QueueColumn.RESERVED * self._slots + slot] += 1
         self._cells[QueueColumn.GRANTED * self._slots + slot] += 1
+        self._cells[QueueColumn.WAITED_US * self._slots + slot] += max(0, now_ns - ticket.offered_ns) // 1000
         self._count(SchedulerEvent.TICKETS_GRANTED)
         if grant.stolen:
             self._cells[QueueColumn.STOLEN * self._slots + slot] += 1

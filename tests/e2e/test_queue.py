@@ -216,8 +216,12 @@ def test_an_idle_instance_steals_what_waits_at_a_busy_one(tmp_path: Path) -> Non
                 await ended(line)
                 shown = await asyncio.to_thread(queue_command, fleet)
                 assert shown.startswith("0 requests")
-                assert shown.splitlines()[1].split()[-2:] == ["stolen", "robbed"]
-                assert {tuple(row.split()[-2:]) for row in shown.splitlines()[2:]} == {("0", "4"), ("4", "0")}
+                columns, *rows = (row.split() for row in shown.splitlines()[1:])
+                found = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
+                home, thief = (found[fleet.engines[name].url] for name in ("e0", "late"))
+                assert (home["robbed"], home["stolen"], home["granted"], home["wait_ms"]) == ("4", "0", "0", "-")
+                assert (thief["robbed"], thief["stolen"], thief["granted"]) == ("0", "4", "4")
+                assert float(thief["wait_ms"]) > 0
                 for exchange in held:
                     exchange.leave()
                 return line

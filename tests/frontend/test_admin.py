@@ -16,7 +16,8 @@ from broker import wire
 from broker.config import Engines, Models
 from broker.counters import CounterColumn, attach_counters
 from broker.errors import SchedulerAway, UpstreamBroken
-from broker.table import State
+from broker.lease import take
+from broker.table import QueueColumn, State
 from broker.types import EngineKind, Instance, LoadReport, Role
 from frontend.admin import MAX_BODY_BYTES, Admin
 from frontend.api import Inference
@@ -42,6 +43,13 @@ class FakeControl:
 
     async def drain(self, url: str, *, resume: bool) -> wire.Reply:
         return self._answer("drain", url, resume)
+
+    async def explain_request(self, ident: str) -> wire.Reply:
+        return self._answer("explain", ident)
+
+    def explain(self, ident: str) -> list[bytes]:
+        """What this frontend itself knows."""
+        return [b'{"id": "known"}'] if ident == "known" else []
 
     def _answer(self, *asked: object) -> wire.Reply:
         self.asked.append(asked)
@@ -173,6 +181,94 @@ def test_instances_are_shown_with_state_load_and_transfer(site: Site) -> None:
     assert rows[A]["running"] is None
     assert sum(row["in_flight"] for row in rows.values()) == 1
     assert shown["scheduler"] == {"state": "alive", "epoch": 1}
+
+
+# -- the queue, and why ------------------------------------------------------------------------------------------
+
+IN_LINE = {
+    QueueColumn.TICKETS: 3,
+    QueueColumn.TOKENS: 40,
+    QueueColumn.RESERVED: 1,
+    QueueColumn.GRANTED: 10,
+    QueueColumn.WAITED_US: 2_500_000,
+    QueueColumn.STOLEN: 4,
+    QueueColumn.ROBBED: 2,
+    QueueColumn.RETURNED: 1,
+}
+SHOWN = {
+    "tickets": 3,
+    "tokens": 40,
+    "reserved": 1,
+    "lent": 0,
+    "granted": 10,
+    "wait_s": 2.5,
+    "stolen": 4,
+    "robbed": 2,
+    "returned": 1,
+    "rescued": 1,
+}
+
+
+def fill_queue(site: Site) -> None:
+    """At A; one request was rescued from it."""
+    run, slot = site.frontend.run, site.frontend.slots[A]
+    for column, value in IN_LINE.items():
+        run.writer.queue[column * run.writer.slots + slot] = value
+    lease = take(run.reader, site.frontend.counters, slot, 1)
+    assert lease is not None
+    lease.count(CounterColumn.RESCUED)
+    lease.close()
+
+
+def test_the_queue_is_shown_by_instance(site: Site) -> None:
+    fill_queue(site)
+    answer = site.get("/queue").json()
+    assert (answer["tickets"], answer["tokens"]) == (3, 40)
+    first, second = answer["instances"]
+    assert first == {"url": A, **SHOWN}
+    assert second == {"url": B, **dict.fromkeys(SHOWN, 0)}
+
+
+def test_metrics_show_the_queue_by_instance(site: Site) -> None:
+    fill_queue(site)
+    found = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(site.metrics.text().decode())
+        for sample in family.samples
+        if sample.labels.get("instance") == A
+    }
+    assert {
+        "tickets": found["penstock_queue_tickets"],
+        "tokens": found["penstock_queue_tokens"],
+        "lent": found["penstock_queue_lent"],
+        "granted": found["penstock_queue_granted_total"],
+        "wait_s": found["penstock_queue_waited_seconds_total"],
+        "stolen": found["penstock_queue_stolen_total"],
+        "robbed": found["penstock_queue_robbed_total"],
+        "returned": found["penstock_queue_returned_total"],
+        "rescued": found["penstock_instance_rescued_requests_total"],
+    } == {name: value for name, value in SHOWN.items() if name != "reserved"}
+
+
+def test_why_is_asked_of_every_frontend_through_the_scheduler(site: Site) -> None:
+    site.control.reply = wire.Reply(1, 200, b'{"requests": [{"id": "a/b"}], "silent_frontends": 0}')
+    exchange = site.get("/explain/a/b")
+    assert site.control.asked == [("explain", "a/b")]
+    assert (exchange.status, exchange.json()["requests"]) == (200, [{"id": "a/b"}])
+
+
+def test_why_is_a_404_if_nobody_remembers(site: Site) -> None:
+    site.control.reply = wire.Reply(1, 200, b'{"requests": [], "silent_frontends": 1}')
+    error = site.get("/explain/unknown").json()["error"]
+    assert error["code"] == "unknown_request"
+    assert "1024" in error["message"]
+    assert "1 frontends could not be asked" in error["message"]
+
+
+def test_without_the_scheduler_a_frontend_tells_what_it_knows_itself(site: Site) -> None:
+    site.control.reply = None
+    assert site.get("/explain/known").json()["requests"] == [{"id": "known"}]
+    assert site.get("/explain/unknown").status == 404
 
 
 def test_engines_learn_where_to_register(site: Site) -> None:

@@ -125,6 +125,20 @@ def test_a_returned_ticket_stands_where_it_stood(queue: Queue) -> None:
     queue.say(0, returned=[1])
     assert queue.granted() == [(0, 1, A)]
     assert queue.event(SchedulerEvent.TICKETS_RETURNED) == 1
+    assert (queue.cell(QueueColumn.GRANTED, A), queue.cell(QueueColumn.RETURNED, A)) == (2, 1)
+
+
+def test_how_long_was_waited_for_an_instance_is_counted(queue: Queue) -> None:
+    leases = queue.fill()
+    queue.offer(0, 1, 2)
+    for seconds in (0.25, 0.5):
+        queue.now += int(seconds * 1e9)
+        leases[A].close()
+        ((_, number, _),) = queue.granted()
+        leases[A] = queue.take(0, A)
+        queue.say(0, taken=[number])
+    assert queue.cell(QueueColumn.GRANTED, A) == 2
+    assert queue.cell(QueueColumn.WAITED_US, A) == 250_000 + 750_000
 
 
 def test_an_idle_instance_takes_from_a_busy_one_and_it_is_told_from_where(queue: Queue) -> None:
