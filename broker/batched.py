@@ -54,6 +54,7 @@ class Batched(logging.Handler):
         self._keep(record, self._loop)
         return True
 
+    @property
     def takes_lines(self) -> bool:
         return self._loop is not None and self._shares
 
@@ -132,17 +133,16 @@ class Lines:
     def is_on(self) -> bool:
         return self._logger.isEnabledFor(logging.INFO)
 
-    def info(self, form: str, *args: object) -> None:
-        if not self._logger.isEnabledFor(logging.INFO):
-            return
+    def write(self, text: str) -> None:
+        """To be called if `is_on`."""
         handlers = logging.root.handlers
         for handler in handlers:
-            if not isinstance(handler, Batched) or not handler.takes_lines():
-                self._logger.info(form, *args)
+            if type(handler) is not Batched or not handler.takes_lines:
+                self._logger.info("%s", text)
                 return
-        line = time.time(), self._logger.name, logging.INFO, form % args
+        line = time.time(), self._logger.name, logging.INFO, text
         for handler in handlers:
-            if handler.level <= logging.INFO and isinstance(handler, Batched):
+            if handler.level <= logging.INFO and type(handler) is Batched:
                 handler.line(line)
 
 

@@ -196,9 +196,9 @@ class FrontendCounters(CounterRow):
         self.totals.release()
 
     def observe(self, histogram: Histogram, seconds: float) -> None:
-        first = _FIRST[histogram]
-        self.totals[first + bisect_left(BOUNDS_S, seconds)] += 1
-        self.totals[first + _BUCKETS] += int(seconds * 1e6)
+        totals, first = self.totals, _FIRST[histogram]
+        totals[first + bisect_left(BOUNDS_S, seconds)] += 1
+        totals[first + _BUCKETS] += int(seconds * 1e6)
 
 
 _IN_FLIGHT = (

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
+import msgspec
+
 from broker.counters import CounterColumn
 from shm import fence
 from shm.cells import CounterRow
@@ -41,22 +43,19 @@ class Slots(Protocol):
         """Leave the slot out of further views until the table has changed."""
 
 
-class Lease:
+class Lease(msgspec.Struct, eq=False):
     """Held by whoever streams the answer. Belongs to one thread, like the counters it moves."""
 
-    __slots__ = ("_row", "closed", "counts_prompt", "generation", "on_close", "slot", "tokens")
-
-    def __init__(self, row: CounterRow, slot: int, generation: int, tokens: int) -> None:
-        self._row = row
-        self.slot = slot
-        self.generation = generation
-        self.tokens = tokens
-        """Prompt tokens not released yet."""
-        self.closed = False
-        self.counts_prompt = False
-        """The tokens are released when the answer begins, else with the lease."""
-        self.on_close: Callable[[int], None] | None = None
-        """Hears of the slot as soon as the lease no longer counts there."""
+    _row: CounterRow
+    slot: int
+    generation: int
+    tokens: int
+    """Prompt tokens not released yet."""
+    closed: bool = False
+    counts_prompt: bool = False
+    """The tokens are released when the answer begins, else with the lease."""
+    on_close: Callable[[int], None] | None = None
+    """Hears of the slot as soon as the lease no longer counts there."""
 
     def count(self, column: CounterColumn) -> None:
         """Count an outcome at this instance, while the lease is held: later the slot may be another's."""
@@ -79,12 +78,15 @@ class Lease:
         """The request has ended, as `outcome` says. Idempotent: only the first call counts."""
         if self.closed:
             return
+        cells, width, slot = self._row.cells, self._row.width, self.slot
         if outcome is not None:
-            self.count(outcome)
-        self.finish_tokens()
+            cells[outcome * width + slot] += 1
+        if self.tokens:
+            cells[_TOKENS_FINISHED * width + slot] += self.tokens
+            self.tokens = 0
         self.closed = True
         # Last: until here the scheduler keeps the slot for this generation.
-        self._row.cells[_FINISHED * self._row.width + self.slot] += 1
+        cells[_FINISHED * width + slot] += 1
         if self.on_close is not None:
             self.on_close(self.slot)
 

@@ -11,16 +11,17 @@ from broker.narrator import printable
 
 access = Lines("penstock.access")
 
-_USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})')
+_USAGE, _NUMBER = b'"completion_tokens"', re.compile(rb"\s*:\s*(\d{1,12})")
 _USAGE_WITHIN = 2048
 """The usage is looked for in that many of the last bytes of a chunk."""
 
 _CLASSES = (
-    TotalColumn.RESPONSES_2XX,
-    TotalColumn.RESPONSES_3XX,
-    TotalColumn.RESPONSES_4XX,
-    TotalColumn.RESPONSES_5XX,
+    *[int(TotalColumn.RESPONSES_2XX)] * 3,
+    int(TotalColumn.RESPONSES_3XX),
+    int(TotalColumn.RESPONSES_4XX),
+    *[int(TotalColumn.RESPONSES_5XX)] * 5,
 )
+"""By the first digit of the status."""
 
 
 class Outcome(StrEnum):
@@ -34,7 +35,7 @@ class Outcome(StrEnum):
 
 def count_response(counters: FrontendCounters, status: int) -> None:
     """Counts an answer to an inference request by its class; one that its client left before is a 499."""
-    counters.count(_CLASSES[min(max(status // 100, 2), 5) - 2])
+    counters.totals[_CLASSES[status // 100]] += 1
 
 
 def log_end(
@@ -56,31 +57,20 @@ def log_end(
     outcome: Outcome,
 ) -> None:
     """The line of a request that was forwarded. `end`: the last chunks of its answer, the last one first."""
-    access.info(
-        "id=%s path=%s model=%s instance=%s policy=%s attempts=%d status=%d queue_ms=%s stolen_from=%s rescued_from=%s "
-        "ttft_ms=%s duration_ms=%.1f bytes=%d tokens=%s outcome=%s",
-        ident.decode("ascii"),
-        printable(path.partition("?")[0]),
-        printable(model or "-"),
-        instance,
-        policy,
-        attempts,
-        status,
-        "-" if queued_s is None else f"{queued_s * 1e3:.1f}",
-        stolen_from,
-        rescued_from,
-        "-" if first_byte_s is None else f"{first_byte_s * 1e3:.1f}",
-        duration_s * 1e3,
-        size,
-        _completion_tokens(end),
-        outcome,
+    queue_ms = "-" if queued_s is None else f"{queued_s * 1e3:.1f}"
+    ttft_ms = "-" if first_byte_s is None else f"{first_byte_s * 1e3:.1f}"
+    access.write(
+        f"id={ident.decode()} path={printable(path)} model={printable(model or '-')} instance={instance} "
+        f"policy={policy} attempts={attempts} status={status} queue_ms={queue_ms} stolen_from={stolen_from} "
+        f"rescued_from={rescued_from} ttft_ms={ttft_ms} duration_ms={duration_s * 1e3:.1f} bytes={size} "
+        f"tokens={_completion_tokens(end)} outcome={outcome.value}"
     )
 
 
 def _completion_tokens(chunks: tuple[bytes, ...]) -> str:
     """Where the engine said them at the end of its answer."""
     for chunk in chunks:
-        if found := _USAGE.findall(chunk[-_USAGE_WITHIN:]):
-            last: bytes = found[-1]
-            return last.decode()
+        at = chunk.rfind(_USAGE, -_USAGE_WITHIN)
+        if at >= 0 and (found := _NUMBER.match(chunk, at + len(_USAGE))) is not None:
+            return found[1].decode()
     return "-"

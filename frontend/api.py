@@ -139,8 +139,8 @@ class Inference:
         count_response(counters, status)
         if self._stories is not None:
             self._stories.begin("POST", path, client).ended(status, 0.0, completed=False)
-        else:
-            access.info("id=%s path=%s status=%d outcome=rejected", ident.decode("ascii"), printable(path), status)
+        elif access.is_on:
+            access.write(f"id={ident.decode()} path={printable(path)} status={status} outcome=rejected")
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

@@ -490,7 +490,7 @@ class Forward(msgspec.Struct, eq=False):
         elif access.is_on:
             log_end(
                 ident=self._ident,
-                path=self._path,
+                path=self._path.partition("?")[0],
                 model=self._model,
                 instance=choice.where if choice is not None else "-",
                 policy=shared.policy,
