@@ -138,7 +138,9 @@ class Inference:
         counters.count(TotalColumn.REJECTED)
         count_response(counters, status)
         if self._stories is not None:
-            self._stories.begin("POST", path, client).ended(status, 0.0, completed=False)
+            story = self._stories.begin("POST", path, client)
+            story.refused(error)
+            story.ended(status, 0.0, completed=False)
         elif access.is_on:
             access.write(f"id={ident.decode()} path={printable(path)} status={status} outcome=rejected")
 

@@ -173,6 +173,7 @@ async def serve(
                 Told(
                     application(inference, admin, FastDeployRoutes(table, control, face)),
                     stories,
+                    face,
                 ),
                 http="httptools",
                 ws="none",

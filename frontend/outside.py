@@ -82,17 +82,20 @@ def _fits(route: Route, path: str) -> bool:
 class Told:
     """An ASGI application whose answers are told in the log, where the face has a line for them."""
 
-    def __init__(self, app: ASGIApp, stories: Stories | None) -> None:
+    def __init__(self, app: ASGIApp, stories: Stories | None, face: Face) -> None:
         self._app = app
         self._stories = stories
+        self._face = face
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
-        if self._stories is None or (path.startswith(INFERENCE) and path != ABORT and scope["method"] == "POST"):
+        if self._stories is None or self._is_inference(scope["method"], path):
             await self._app(scope, receive, send)
             return
         client = scope.get("client")
-        story = self._stories.begin(scope["method"], path, client[0] if client else "")
+        query = scope["query_string"].decode("latin-1")
+        asked = f"{path}?{query}" if query else path
+        story = self._stories.begin(scope["method"], asked, client[0] if client else "")
         began, status = time.monotonic(), 0
 
         async def noting(message: Message) -> None:
@@ -105,3 +108,8 @@ class Told:
             await self._app(scope, receive, noting)
         finally:
             story.ended(status, time.monotonic() - began, completed=False)
+
+    def _is_inference(self, method: str, path: str) -> bool:
+        """Then the request's own story is told."""
+        served = self._face.paths is None or path in self._face.paths
+        return method == "POST" and path.startswith(INFERENCE) and path != ABORT and served

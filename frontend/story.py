@@ -8,9 +8,13 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from broker.errors import NoInstance, PenstockError, UpstreamError
 from broker.faces import Event, Face
 from broker.faces.go import duration
+from broker.lease import Lease
 from broker.narrator import Narrator, printable
 from broker.policies.base import Vector, Weighing
 from broker.types import Role
@@ -66,6 +70,7 @@ class Story:
         "_client",
         "_context",
         "_counters",
+        "_failed",
         "_method",
         "_narrator",
         "_path",
@@ -81,23 +86,27 @@ class Story:
         self._path = path
         self._client = client
         self._stream = False
+        self._failed: set[Lease] = set()  # of the last attempt, if it failed
         self._context = context
 
     def parsed(self, *, stream: bool) -> None:
         self._stream = stream
         self._tell(Event.PARSED)
 
+    def refused(self, error: PenstockError) -> None:
+        """Nothing of it is forwarded."""
+        self._tell(Event.UNREAD, error=error.message)
+
     def chosen(self, legs: tuple[Choice, ...]) -> None:
+        weighings = {weighing.slot: weighing for weighing in self._stories.take_weighings()}
+        paired = len(legs) > 1
         for leg in legs:
             self._follow(leg, legs)
-        for weighing in self._stories.take_weighings():
-            self._weighed(weighing)
-        paired = len(legs) > 1
-        if paired:
-            self._tell(Event.CHOOSING_PREFILL, now=_now())
-        for leg in legs:
-            if paired and leg.instance.role is Role.DECODE:
-                self._tell(Event.CHOOSING_DECODE, now=_now())
+            if paired:
+                prefill = leg.instance.role is Role.PREFILL
+                self._tell(Event.CHOOSING_PREFILL if prefill else Event.CHOOSING_DECODE, now=_now())
+            if leg.lease.slot in weighings:
+                self._weighed(weighings[leg.lease.slot])
             event = _CHOSEN[leg.instance.role]
             if self._narrator.tells(event):
                 count, tokens = self._counters.in_flight(leg.lease.slot)
@@ -120,6 +129,7 @@ class Story:
             self._tell(Event.ATTEMPT_FAILED, attempt=attempt, attempts=attempts, error=error)
             self._tell(Event.BACKEND_FAILED, url=choice.where, error=error)
             return
+        self._failed = {leg.lease for leg in choice.legs}
         for leg in choice.legs:
             if leg.lease in choice.suspects:
                 prefill = leg.instance.role is Role.PREFILL
@@ -131,12 +141,20 @@ class Story:
         if not self._narrator.tells(Event.WEIGHED):
             return
         loads = stories.listed(weighing.slots, weighing.loads)
-        if weighing.hits is None:
+        if weighing.hits is None or weighing.scores is None:
+            loads = f", loads={loads}" if weighing.reason.startswith("load") else ""
             self._tell(Event.NOT_WEIGHED, reason=weighing.reason, loads=loads, now=now)
             return
+        if self._narrator.tells(Event.SCORED):
+            self._scored(weighing, weighing.hits, weighing.scores)
         met = weighing.hits > 0
         hits = stories.listed(weighing.slots[met], weighing.hits[met])
         self._tell(Event.WEIGHED, url=stories.url(weighing.slot), loads=loads, hits=hits, now=now)
+
+    def _scored(self, weighing: Weighing, hits: Vector, scores: NDArray[np.float64]) -> None:
+        most = max(int(weighing.loads.max()), 1)
+        for slot, hit, load, score in zip(weighing.slots, hits, weighing.loads, scores, strict=True):
+            self._tell(Event.SCORED, url=self._stories.url(int(slot)), hit=hit, load=load / most, score=score)
 
     def _follow(self, leg: Choice, legs: tuple[Choice, ...]) -> None:
         """Tells of the lease's end. It may come when the next attempt, even at the same instance, has its leases."""
@@ -154,7 +172,9 @@ class Story:
         """`alone`: no other lease of the attempt is open."""
         url = leg.instance.url
         if leg.instance.role is Role.PREFILL:
-            if alone:  # decode's is closed, so this comes with the attempt's end
+            if leg.lease in self._failed:
+                self._tell(Event.PREFILL_DROPPED, url=url)
+            elif alone:  # decode's is closed, so this comes with the attempt's end
                 self._tell(Event.PREFILL_ENDED, url=url, stream=str(self._stream).lower())
             else:
                 self._tell(Event.PREFILL_DONE if self._stream else Event.PREFILL_READ, url=url)

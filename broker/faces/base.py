@@ -26,6 +26,7 @@ class Event(Enum):
     CONFIG_DOUBT = auto()  # problem
 
     # a request, in its order; all have `context`
+    UNREAD = auto()  # error
     PARSED = auto()
     CHOOSING_PREFILL = auto()  # now
     CHOOSING_DECODE = auto()  # now
@@ -35,6 +36,7 @@ class Event(Enum):
     CHOSEN_DECODE = auto()  # url, count, tokens
     WEIGHED = auto()  # url, loads, hits, now
     NOT_WEIGHED = auto()  # reason, loads, now
+    SCORED = auto()  # url, hit, load, score
     NOT_CHOSEN = auto()  # error
     ATTEMPT_FAILED = auto()  # attempt, attempts, url, error
     BACKEND_FAILED = auto()  # url, error
@@ -45,6 +47,7 @@ class Event(Enum):
     PREFILL_DONE = auto()  # url
     PREFILL_READ = auto()  # url
     PREFILL_ENDED = auto()  # url, stream
+    PREFILL_DROPPED = auto()  # url
     RELEASED = auto()  # url, count
     TOKENS_RELEASED = auto()  # url, tokens
     COMPLETED = auto()
@@ -60,12 +63,14 @@ class Event(Enum):
     LISTED_NOT_REGISTERED = auto()  # index, url, path, error
     LISTED_NONE = auto()  # path
     LISTED_UNUSABLE = auto()  # index, problem, where
+    LIST_UNREADABLE = auto()  # path, problem
+    LIST_MALFORMED = auto()  # path, problem
     UNANSWERED = auto()  # url, error
     POLL_FAILED = auto()  # url
     HEALTH_CHANGED = auto()  # url, state
     REMOVED = auto()  # url, role
     CLEANED = auto()  # url, what
-    PRESERVED = auto()  # url, what, count
+    PRESERVED = auto()  # url, what, unit, count
     CLEANED_ALL = auto()  # count, urls
     PRESERVED_ALL = auto()  # count, urls
     FLEET = auto()  # prefill, decode, mixed

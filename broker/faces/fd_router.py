@@ -152,6 +152,7 @@ _INFO, _ERROR = logging.INFO, logging.ERROR
 LINES = {
     Event.SERVING: Line(_INFO, "Starting server on :%(port)s"),
     Event.CONFIG_DOUBT: Line(logging.WARNING, "%(problem)s"),
+    Event.UNREAD: Line(_ERROR, "%(context)sFailed to unmarshal request JSON: %(error)s"),
     Event.PARSED: Line(_INFO, "%(context)sParsing completed; starting worker selection."),
     Event.CHOOSING_PREFILL: Line(_INFO, "%(context)sbefore SelectWorker prefill. ts_ms=%(now)s"),
     Event.CHOOSING_DECODE: Line(_INFO, "%(context)sbefore SelectWorker decode, after prefill. ts_ms=%(now)s"),
@@ -166,8 +167,11 @@ LINES = {
     ),
     Event.NOT_WEIGHED: Line(
         _INFO,
-        "%(context)scache-aware prefill: final strategy: process_tokens, reason: %(reason)s, loads=%(loads)s. "
-        "ts_ms=%(now)s",
+        "%(context)scache-aware prefill: final strategy: process_tokens, reason: %(reason)s%(loads)s. ts_ms=%(now)s",
+    ),
+    Event.SCORED: Line(
+        logging.DEBUG,
+        "%(context)scache-aware score: worker=%(url)s hit=%(hit).1f loadRatio=%(load).3f score=%(score).3f",
     ),
     Event.NOT_CHOSEN: Line(_ERROR, "%(context)sFailed to select %(what)s: %(error)s"),
     Event.ATTEMPT_FAILED: Line(_ERROR, "%(context)sRequest failed (attempt %(attempt)d/%(attempts)d): %(error)s"),
@@ -183,6 +187,9 @@ LINES = {
     Event.PREFILL_ENDED: Line(
         _INFO, "%(context)s[prefill] release in defer (fallback) url=%(url)s, isStream=%(stream)s"
     ),
+    Event.PREFILL_DROPPED: Line(
+        _INFO, "%(context)s[prefill] release in CommonCompletions defer (error path) url=%(url)s"
+    ),
     Event.RELEASED: Line(_INFO, "%(context)srelease worker: %(url)s, count: %(count)d"),
     Event.TOKENS_RELEASED: Line(_INFO, "%(context)srelease prefill tokens: %(url)s, tokens: %(tokens)d"),
     Event.COMPLETED: Line(_INFO, "%(context)sRequest completed successfully."),
@@ -192,14 +199,18 @@ LINES = {
     Event.LISTED_REGISTERED: Line(_INFO, "Successfully registered instance from index %(index)d"),
     Event.LISTED_NOT_REGISTERED: Line(_ERROR, "Failed to register instance from index %(index)d: %(error)s"),
     Event.LISTED_UNUSABLE: Line(_ERROR, "Failed to register instance from index %(index)d: %(problem)s"),
-    Event.LISTED_NONE: Line(_INFO, "No instances found in %(path)s"),
+    Event.LIST_UNREADABLE: Line(_ERROR, "Failed to read YAML file %(path)s: %(problem)s"),
+    Event.LIST_MALFORMED: Line(_ERROR, "Failed to unmarshal YAML file %(path)s: %(problem)s"),
+    Event.LISTED_NONE: Line(_INFO, "No instances found in config file %(path)s"),
     Event.UNANSWERED: Line(_ERROR, "failed to send request to %(url)s with error: %(error)s"),
     Event.POLL_FAILED: Line(
         logging.WARNING, "GetRemoteMetrics failed for %(url)s, falling back to local counter: no usable answer"
     ),
     Event.REMOVED: Line(_ERROR, "Removed unhealthy %(role)s instance: %(url)s"),
     Event.CLEANED: Line(_INFO, "cleanup unhealthy worker %(what)s: %(url)s"),
-    Event.PRESERVED: Line(_INFO, "unhealthy worker %(what)s preserved (inflight requests): %(url)s, count: %(count)d"),
+    Event.PRESERVED: Line(
+        _INFO, "unhealthy worker %(what)s preserved (inflight requests): %(url)s, %(unit)s: %(count)d"
+    ),
     Event.CLEANED_ALL: Line(_INFO, "removed counters for %(count)d unhealthy workers: %(urls)s"),
     Event.PRESERVED_ALL: Line(_INFO, "preserved counters for %(count)d workers with inflight requests: %(urls)s"),
     Event.FLEET: Line(logging.DEBUG, "Healthy instances: prefill=%(prefill)s, decode=%(decode)s, mixed=%(mixed)s"),

@@ -33,6 +33,8 @@ class Weighing(NamedTuple):
     slot: int
     """The choice."""
     reason: str = ""
+    scores: NDArray[np.float64] | None = None
+    """The least wins; None with `hits`."""
 
 
 class Why(msgspec.Struct, frozen=True, gc=False):

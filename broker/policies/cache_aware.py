@@ -46,7 +46,7 @@ class CacheAware:
         if uneven or not (request.prompt or request.prompt_ids):
             slot = int(view.slots[least(view.tokens, self._rng)])
             self._by_load = request
-            reason = "load imbalanced" if uneven else "tokenize failed: empty prompt"
+            reason = "load imbalanced" if uneven else "tokenize failed: empty prompt for tokenizer"
             self.why = Why(view.tokens, reason=reason)
             if options.on_weighed is not None:
                 options.on_weighed(Weighing(view.slots, loads, None, slot, reason))
@@ -62,7 +62,7 @@ class CacheAware:
         best = np.flatnonzero(scores == scores.min())
         slot = int(view.slots[best[least(view.tokens[best], self._rng)]])
         if options.on_weighed is not None:
-            options.on_weighed(Weighing(view.slots, loads, hits, slot))
+            options.on_weighed(Weighing(view.slots, loads, hits, slot, scores=scores))
         return slot
 
     def tokens(self, request: RouteRequest, slot: int) -> int:

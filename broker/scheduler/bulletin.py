@@ -47,9 +47,9 @@ class Bulletin:
             return
         url = member.instance.url
         requests, tokens = self._counters.in_flight(member.slot)
-        for what, count in (("counter", requests), ("token counter", tokens)):
+        for what, unit, count in (("counter", "count", requests), ("token counter", "tokens", tokens)):
             event = Event.PRESERVED if count else Event.CLEANED
-            self._narrator.tell(event, url=url, what=what, count=count)
+            self._narrator.tell(event, url=url, what=what, unit=unit, count=count)
         if requests:
             self._departed[member.slot] = url
 

@@ -71,9 +71,10 @@ class Collector:
         if self._session is not None:
             await self._session.close()
 
-    async def join(self, registration: Registration) -> Instance:
+    async def join(self, registration: Registration, *, quiet: bool = False) -> Instance:
         """Probes a newcomer and finds out what its registration leaves open. Raises `Unhealthy`.
 
+        `quiet`: that it does not answer is known, and not told again.
         It must pass as many health checks in a row as one that comes back, all within the time of one and `JOIN_S`.
         """
         within_s = self._manager.health_check_timeout_secs + JOIN_S
@@ -81,14 +82,14 @@ class Collector:
             async with asyncio.timeout(within_s):
                 if registration.instance.is_native:
                     return await self._join_native(registration.instance)
-                return await self._join(registration)
+                return await self._join(registration, quiet)
         except TimeoutError as e:
             url = registration.instance.url
             raise Unhealthy(f"{url} is not healthy: no answers within {within_s:g} s", url=url) from e
 
-    async def _join(self, registration: Registration) -> Instance:
+    async def _join(self, registration: Registration, quiet: bool) -> Instance:
         url = registration.instance.url
-        first = await self._get(url + self._manager.health_check_endpoint)
+        first = await self._get(url + self._manager.health_check_endpoint, quiet=quiet)
         if first is None or first.status not in (200, 404):  # what 404 means is known when the kind is
             raise self._unhealthy(url, first)
         complete = registration.engine is not None and registration.names_models
@@ -127,6 +128,14 @@ class Collector:
             if await self._passes(instance):
                 return True
         return False
+
+    async def stays_healthy(self, instance: Instance) -> bool:
+        """`is_healthy`, while somebody waits for the answer: within the time in which a newcomer is probed."""
+        try:
+            async with asyncio.timeout(self._manager.health_check_timeout_secs + JOIN_S):
+                return await self.is_healthy(instance)
+        except TimeoutError:
+            return False
 
     async def _passes(self, instance: Instance) -> bool:
         """One probe: status 200, exactly."""
@@ -177,7 +186,7 @@ class Collector:
         answer = await self._get(url + path)
         return {path: answer.body} if answer is not None and answer.status == 200 else {}
 
-    async def _get(self, url: str, limit: int = MAX_ANSWER_BYTES) -> Answer | None:
+    async def _get(self, url: str, limit: int = MAX_ANSWER_BYTES, *, quiet: bool = False) -> Answer | None:
         """None = no whole answer in time, or one longer than `limit`."""
         assert self._session is not None, "used outside its context"
         try:
@@ -189,7 +198,8 @@ class Collector:
                         return None
                 return Answer(response.status, bytes(body))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
-            self._narrator.tell(Event.UNANSWERED, url=url, error=str(e) or type(e).__name__)
+            if not quiet:
+                self._narrator.tell(Event.UNANSWERED, url=url, error=str(e) or type(e).__name__)
             return None
 
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 from broker.config import Manager
+from broker.faces import Event
+from broker.narrator import Narrator
 from broker.scheduler.collect import JOIN_S, Collector
 from broker.scheduler.registry import Member, Registry
 from broker.types import Role
 
-logger = logging.getLogger("scheduler")
 
-
-async def check_pairs(registry: Registry, collector: Collector, manager: Manager) -> list[tuple[Member, bool]]:
+async def check_pairs(
+    registry: Registry, collector: Collector, manager: Manager, narrator: Narrator
+) -> list[tuple[Member, bool]]:
     """All at once; one good answer of `health-failure-threshold` is enough, as for a member that is in doubt."""
     members = [member for member in registry if member.instance.role is not Role.MIXED]
     healthy = await asyncio.gather(*(_is_healthy(member, collector, manager) for member in members))
     for member, well in zip(members, healthy, strict=True):
-        logger.log(logging.INFO if well else logging.WARNING, "Server %s is %s", member.instance.url, _WORDS[well])
+        narrator.tell(Event.ASKED_HEALTHY if well else Event.ASKED_UNHEALTHY, url=member.instance.url)
     return list(zip(members, healthy, strict=True))
-
-
-_WORDS = {True: "healthy", False: "not healthy"}
 
 
 async def _is_healthy(member: Member, collector: Collector, manager: Manager) -> bool:

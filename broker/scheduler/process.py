@@ -86,8 +86,10 @@ class Scheduler:
             reader, table.queue, table.events, config.scheduler, self._tell, time.monotonic_ns()
         )
         self._member = self._joining(reader) if shares(config) else None
-        narrator = Narrator(face_of(config), "scheduler")
-        self._bulletin = Bulletin(self._registry, reader.counters, narrator, config.scheduler, time.monotonic_ns())
+        self._narrator = Narrator(face_of(config), "scheduler")
+        self._bulletin = Bulletin(
+            self._registry, reader.counters, self._narrator, config.scheduler, time.monotonic_ns()
+        )
         self._notices: Notices | None = None
         if policies.need_index(config):
             self._notices = Notices.attach(run_dir, config, reader, table.events, self._loop)
@@ -252,7 +254,7 @@ class Scheduler:
                 self._notices.hear(notices)
 
     async def _check_pairs(self) -> tuple[int, bytes]:
-        await check_pairs(self._registry, self._collector, self._config.manager)
+        await check_pairs(self._registry, self._collector, self._config.manager, self._narrator)
         return answer(200, "Health check complete")
 
     def _answer(self, peer: bytes, call: int, answering: Coroutine[Any, Any, tuple[int, bytes]]) -> None:

@@ -72,8 +72,8 @@ class Registrar:
         self._tally.add(SchedulerEvent.REGISTRATIONS)
         return face.registered.status, face.registered.body
 
-    async def register(self, registration: Registration) -> Member:
-        """Every frontend sees the instance when this returns.
+    async def register(self, registration: Registration, *, quiet: bool = False) -> Member:
+        """Every frontend sees the instance when this returns. `quiet`: that it does not answer is known.
 
         A healthy member that registers again, as engines do every few seconds, is not asked for more than its health,
         and only if the face wants that. Two registrations of one URL take turns, so that the later one stands.
@@ -85,10 +85,10 @@ class Registrar:
             member = self._registry.get(url)
             if member is not None and member.healthy:
                 instance = registration.rejoined(member.instance)
-                if self._face.probes_members and not await self._collector.is_healthy(instance):
+                if self._face.probes_members and not await self._collector.stays_healthy(instance):
                     raise Unhealthy(f"{url} is not healthy", url=url)
             else:
-                instance = await self._collector.join(registration)
+                instance = await self._collector.join(registration, quiet=quiet)
             asks_models = not registration.names_models and not instance.is_native
             joined = self._registry.register(instance, time.monotonic_ns(), asks_models=asks_models)
         if joined is not member:
@@ -126,7 +126,9 @@ class Registrar:
             read_entries(Path(self._path), self._splitwise, self._face.reason) if self._path else ([], [])
         )
         for entry in unusable:
-            self._narrator.tell(Event.LISTED_UNUSABLE, index=entry.place, problem=entry.problem, where=entry.where)
+            self._narrator.tell(
+                entry.event, index=entry.place, problem=entry.problem, where=entry.where, path=self._path
+            )
         if self._path and not entries and not unusable:
             self._narrator.tell(Event.LISTED_NONE, path=self._path)
         said: dict[str, str] = {}
@@ -142,7 +144,7 @@ class Registrar:
     async def _try(self, entry: Registration, said: dict[str, str]) -> None:
         url = entry.instance.url
         try:
-            await self.register(entry)
+            await self.register(entry, quiet=url in said)
             said.pop(url, None)
             self._narrator.tell(Event.LISTED_REGISTERED, index=entry.index, url=url)
         except PenstockError as e:
@@ -160,6 +162,7 @@ class Unusable(NamedTuple):
     problem: str
     place: int = -1
     """Of an entry; -1 = it is the whole file."""
+    event: Event = Event.LISTED_UNUSABLE
 
 
 def read_entries(
@@ -168,11 +171,13 @@ def read_entries(
     """The instances that a register.yaml lists, and what in it cannot be used, in the words of `reason`."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-        return [], [Unusable(str(path), f"cannot be read: {e}")]
+    except OSError as e:
+        return [], [Unusable(str(path), str(e), event=Event.LIST_UNREADABLE)]
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        return [], [Unusable(str(path), str(e), event=Event.LIST_MALFORMED)]
     listed = (tree.get("instances") or []) if isinstance(tree, dict) else tree or []
     if not isinstance(listed, list) or listed is tree:
-        return [], [Unusable(str(path), "`instances` must be a list")]
+        return [], [Unusable(str(path), "`instances` must be a list", event=Event.LIST_MALFORMED)]
     entries, unusable = [], []
     for index, fields in enumerate(listed):
         try:

@@ -27,7 +27,7 @@ class FakeCollector:
         self.joining: list[str] = []
         self.healthy = True
 
-    async def join(self, registration: Registration) -> Instance:
+    async def join(self, registration: Registration, *, quiet: bool = False) -> Instance:
         self.joining.append(registration.instance.url)
         await self.go.wait()
         if not self.healthy:
