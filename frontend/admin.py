@@ -89,7 +89,7 @@ class Admin:
         try:
             reply = await self._control.show_cluster()
         except PenstockError as error:
-            return {**self._cluster(), "state": "unknown", "reason": error.message, "hosts": []}
+            return {**self._cluster(), "reason": error.message, "hosts": []}
         return msgspec.json.decode(reply.body)["cluster"]
 
     async def explain(self, request: Request) -> Response:
@@ -168,6 +168,8 @@ class Admin:
 
     def _cluster(self) -> dict[str, Any]:
         """Whether this host shares with others now. Alone it serves all the same."""
+        if not self._table.alive(time.monotonic_ns()):
+            return {"state": "unknown", "members": 0}  # the scheduler died a member, or did not
         state, hosts = self._table.cluster
         return {"state": state.name.lower(), "members": hosts}
 
