@@ -36,11 +36,12 @@ class Host(Fleet):
         self.supervisor.popen.wait(10)
 
     def restart(self) -> None:
-        """Starts Penstock again; returns when it answers. Its output goes to a new file."""
+        """Starts Penstock again; returns when it answers and its engines are there. Its output goes to a new file."""
         command = self.supervisor.popen.args
         assert isinstance(command, list)
         self.supervisor = self.program(f"supervisor-{next(self._lives)}", command[1:])
         until(self._answers, lambda: f"the restart of Penstock:\n{self.supervisor.output}", RESTART_WITHIN)
+        self.await_instances(len(self.engines), RESTART_WITHIN)
 
 
 def config(redis: RedisServer, **scheduler: object) -> dict[str, dict[str, object]]:

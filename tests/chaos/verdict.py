@@ -39,7 +39,7 @@ class Verdict:
     broken: int = 0
     """Connections of processes that were killed."""
     errors: Counter[str] = field(default_factory=Counter)
-    """Explicit ones, by status or event and code; those of hosts that nothing had happened to begin with `!`."""
+    """Explicit ones, by status or event and code."""
     ran_again: int = 0
     """Requests that reached a second engine, before the first one had answered a byte."""
     compared: int = 0
@@ -91,7 +91,6 @@ def _one(verdict: Verdict, exchange: Exchange, host: int, runs: Sequence[Run], b
         blow.kind in (Kind.HOST, Kind.FRONTEND)
         and exchange.sent_at <= blow.over + SLACK_S
         and blow.at <= exchange.ended_at
-        and exchange.ended_at >= blow.at
         for blow in blows
     )
     if exchange.state is State.OPEN:
@@ -104,11 +103,9 @@ def _one(verdict: Verdict, exchange: Exchange, host: int, runs: Sequence[Run], b
         verdict.failures.append(f"{exchange} ended without an answer and without an error; engines say {runs}")
     else:
         where = "event" if exchange.status == 200 else exchange.status
-        verdict.errors[f"{'' if blows_during(exchange, blows) else '!'}{where} {error.get('code')}"] += 1
-
-
-def blows_during(exchange: Exchange, blows: Sequence[Blow]) -> bool:
-    return any(exchange.sent_at <= blow.over + SLACK_S and blow.at <= exchange.ended_at for blow in blows)
+        verdict.errors[f"{where} {error.get('code')}"] += 1
+        if not hit:
+            verdict.failures.append(f"{exchange} failed, and nothing was killed at its host: {error}; {runs}")
 
 
 def _order(
