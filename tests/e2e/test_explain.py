@@ -65,7 +65,10 @@ def test_header_log_line_and_command_agree_on_why(tmp_path: Path) -> None:
         assert {said["instance"], said["stolen_from"]} == urls
         assert float(said["queue_ms"]) > 0
         fleet.await_idle()
-        (line,) = [line for line in fleet.supervisor.output.splitlines() if " id=stolen " in line]
+        lines = until(
+            lambda: [line for line in fleet.supervisor.output.splitlines() if " id=stolen " in line], "its log line"
+        )
+        (line,) = lines
         assert f" instance={said['instance']} " in line
         assert f" stolen_from={said['stolen_from']} " in line
         assert f" queue_ms={said['queue_ms']} " in line
