@@ -31,7 +31,10 @@ from shm.segment import Block, Layout, Segment
 COUNTERS = "counters"
 """File name in the run directory."""
 
-STATUSES = (200, 400, 401, 403, 404, 408, 413, 422, 429, 499, 500, 502, 503, 504)
+_ANSWERED = (200, 201, 204, 302, 304)
+_REFUSED = (400, 401, 403, 404, 405, 408, 409, 413, 418, 422, 429, 499)
+_FAILED = (500, 501, 502, 503, 504)
+STATUSES = _ANSWERED + _REFUSED + _FAILED
 """Statuses counted apart, per instance."""
 
 
@@ -47,24 +50,32 @@ class CounterColumn(IntEnum):
     WITHDRAWN = 6  # takes that found the slot changed: in STARTED and FINISHED, but never requests
     TOKENS_WITHDRAWN = 7
     STATUS_200 = 8
-    STATUS_400 = 9
-    STATUS_401 = 10
-    STATUS_403 = 11
-    STATUS_404 = 12
-    STATUS_408 = 13
-    STATUS_413 = 14
-    STATUS_422 = 15
-    STATUS_429 = 16
-    STATUS_499 = 17
-    STATUS_500 = 18
-    STATUS_502 = 19
-    STATUS_503 = 20
-    STATUS_504 = 21
-    STATUS_OTHER = 22
-    RETRIED = 23  # failed before the first byte and were sent again
-    BROKEN = 24  # ended by an engine's failure after the first byte
-    GONE = 25  # ended because the client left
-    RESCUED = 26  # taken back before the first byte and sent to an idle instance
+    STATUS_201 = 9
+    STATUS_204 = 10
+    STATUS_302 = 11
+    STATUS_304 = 12
+    STATUS_400 = 13
+    STATUS_401 = 14
+    STATUS_403 = 15
+    STATUS_404 = 16
+    STATUS_405 = 17
+    STATUS_408 = 18
+    STATUS_409 = 19
+    STATUS_413 = 20
+    STATUS_418 = 21
+    STATUS_422 = 22
+    STATUS_429 = 23
+    STATUS_499 = 24
+    STATUS_500 = 25
+    STATUS_501 = 26
+    STATUS_502 = 27
+    STATUS_503 = 28
+    STATUS_504 = 29
+    STATUS_OTHER = 30
+    RETRIED = 31  # failed before the first byte and were sent again
+    BROKEN = 32  # ended by an engine's failure after the first byte
+    GONE = 33  # ended because the client left
+    RESCUED = 34  # taken back before the first byte and sent to an idle instance
 
 
 class TotalColumn(IntEnum):

@@ -104,7 +104,7 @@ class Inference:
                 ids = read.token_ids()
             if self._stories is not None:
                 tags = (("trace_id", head.trace()), *read.tags(), ("request_id", name))
-                story = self._stories.begin("POST", head.path, client, tags)
+                story = self._stories.begin("POST", head.target, client, tags)
                 story.parsed(stream=stream)
             session = read.session() or head.session
             route = RouteRequest(model=model, session=session, prompt=text, prompt_ids=ids, prompt_tokens=tokens)
@@ -129,7 +129,11 @@ class Inference:
                 f"{path} is not served here: there are only prefill/decode pairs (server.splitwise), and they do "
                 f"{' and '.join(sorted(PAIRED_PATHS))}"
             )
-        return request_id(data, refuse=self.face.guards_transfer)
+        try:
+            return request_id(data, refuse=self.face.guards_transfer)
+        except BadRequest:
+            self._parse(data)  # the face's own words, if it is no JSON object
+            raise
 
     def refuse(self, path: str, ident: bytes, error: BadRequest, client: str = "") -> None:
         """Counts a request of which nothing is forwarded, and writes its log line."""

@@ -172,7 +172,8 @@ class Metrics:
                         answers.add_metric(("", prefill, entry.instance.url, status), answered)
                 if count > 0:
                     answers.add_metric((*workers, status), count)
-        yield answers
+        if answers.samples:  # as the original, which has no row before the first request
+            yield answers
         requests = CounterMetricFamily(
             "penstock_instance_requests", "Requests sent to the instance, every attempt", labels=("instance",)
         )

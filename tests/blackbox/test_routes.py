@@ -64,15 +64,25 @@ def test_metrics_have_the_originals_names_labels_and_values(mixed: Router) -> No
     for name in ("router_cache_hit_total", "router_cache_request_total"):
         assert mixed.metric(name) == {"": 0.0}
         assert f"# TYPE {name} counter" in text.body.decode()
-    assert "# HELP inference_requests_total Total number of inference requests" in text.body.decode()
+    assert mixed.metric("http_requests_total") == {}
     engine = mixed.engine()
+    assert engine.url not in text.body.decode()
     for _ in range(3):
         assert mixed.chat().status == 200
-    engine.script = refuse(429)
-    assert mixed.chat().status == 429
+    for status in (429, 304, 418):
+        engine.script = refuse(status)
+        assert mixed.chat().status == status
+    page = mixed.get("/metrics").body.decode()
+    assert "# HELP inference_requests_total Total number of inference requests" in page
+    assert "# TYPE inference_requests_total counter" in page
     counted = mixed.metric("inference_requests_total")
     labels = f'{{decode_worker="",mixed_worker="{engine.url}",prefill_worker="",status_code="%d"}}'
-    assert {key: value for key, value in counted.items() if engine.url in key} == {labels % 200: 3.0, labels % 429: 1.0}
+    assert {key: value for key, value in counted.items() if engine.url in key} == {
+        labels % 200: 3.0,
+        labels % 429: 1.0,
+        labels % 304: 1.0,
+        labels % 418: 1.0,
+    }
 
 
 def test_metrics_of_pairs_name_both(pairs: Router) -> None:

@@ -75,7 +75,7 @@ def test_an_empty_answer_is_an_answer(one: Frontend) -> None:
     one.begin()
     one.http.last.answer(status=204)
     assert one.client.heard == [204, "end"]
-    assert one.counted(CounterColumn.STATUS_OTHER) == 1
+    assert one.counted(CounterColumn.STATUS_204) == 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 429, 500, 504])
