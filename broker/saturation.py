@@ -31,7 +31,7 @@ FULL_REPORTS = 2
 STEP = 4
 """An instance of unknown capacity may grow by a fourth of what it had at its last report."""
 
-_CAPACITY = int(Column.CAPACITY)  # numpy is slow to take an enum
+_CAPACITY = int(Column.CAPACITY)
 
 
 class Saturation:
@@ -49,11 +49,11 @@ class Saturation:
 
     def room(self, slot: int) -> int:
         """Of a candidate of the last view; UNLIMITED, or at most 0 when it is saturated."""
-        limit = self._table.snapshot.item(_CAPACITY, slot) or self._default
+        row = self._table.row(slot)
+        limit = row[_CAPACITY] or self._default
         if limit and self._table.instance(slot).engine is EngineKind.NATIVE:
             return limit - self._taken(slot)
         others = 0
-        row: list[int] = self._table.snapshot[:, slot].tolist()
         if self._is_fresh(row):
             running, waiting = row[Column.RUNNING], row[Column.WAITING]
             if running >= 0 and waiting >= 0:

@@ -218,6 +218,8 @@ class TableReader:
         self._decoded: dict[int, tuple[int, int, Instance]] = {}
         self._groups: dict[int, Group] = {}
         self._refused: set[int] = set()
+        self._row_lists: dict[int, list[int]] = {}
+        self._rows_stamp = 0
         self._window_key = (-1, -1)
         self._windows: tuple[Vector, ...] = ()
 
@@ -241,16 +243,16 @@ class TableReader:
         if group is None:
             raise NoInstance(f"no {role.name.lower()} instance is ready")
         candidates = group.candidates(model)
-        if not len(candidates.slots) and not group.serves(model):
+        if not candidates.any and not group.serves(model):
             raise ModelNotFound(f"The model `{model}` does not exist", param="model")
         if self._refused:
             candidates = candidates.without(self._refused)
-        if not len(candidates.slots):
+        if not candidates.any:
             which = "" if model is None else f" with the model {model!r}"
             raise NoInstance(f"no {role.name.lower()} instance{which} is ready")
         if avoid:
             others = candidates.without(avoid)
-            if len(others.slots):
+            if others.any:
                 candidates = others
         return View(self, candidates, self._clock())
 
@@ -311,6 +313,16 @@ class TableReader:
         """Every registered instance, sorted by URL."""
         self._refresh()
         return list(self._entries.values())
+
+    def row(self, slot: int) -> list[int]:
+        """The slot's cells as of the last view, by Column; kept while the snapshot stands."""
+        if self.stamp != self._rows_stamp:
+            self._row_lists.clear()
+            self._rows_stamp = self.stamp
+        row = self._row_lists.get(slot)
+        if row is None:
+            row = self._row_lists[slot] = self.snapshot[:, slot].tolist()
+        return row
 
     def instance(self, slot: int) -> Instance:
         """The instance in `slot` as of the last view. KeyError when there is none."""

@@ -38,6 +38,11 @@ class Breaker:
     def __repr__(self) -> str:
         return f"Breaker({ {slot: t.failures for slot, t in self._troubles.items()} })"
 
+    @property
+    def suspects(self) -> bool:
+        """Whether there is any instance that has failed lately. If not, there is nothing else to ask here."""
+        return bool(self._troubles)
+
     def failures(self, slot: int) -> int:
         """In a row, up to now."""
         trouble = self._troubles.get(slot)

@@ -130,13 +130,21 @@ class Dispatcher:
 
         Raises `NoInstance` or `ModelNotFound`; nothing is held then.
         """
+        table, breaker, policy = self._table, self.breaker, self._policies[request.role]
         for _ in range(TAKES):
-            considered, slot, tokens = self._pick(request, tried, now, unfit)
-            lease = take(self._table, self._counters, slot, considered.view.generation(slot), tokens)
+            if tried or unfit or breaker.suspects:
+                considered, slot = self._pick(request, tried, now, unfit)
+            else:
+                view = table.view(request.role, request.model)
+                slot = policy.pick(request, view)
+                considered = Considered(view, policy.why, ())
+            generation = considered.view.generation(slot)
+            lease = take(table, self._counters, slot, generation, policy.tokens(request, slot))
             if lease is not None:
-                lease.counts_prompt = self._policies[request.role].counts_prompts
-                self.breaker.tries(slot, now)
-                return Choice(self._table.instance(slot), lease, considered)
+                lease.counts_prompt = policy.counts_prompts
+                if breaker.suspects:
+                    breaker.tries(slot, now)
+                return Choice(table.instance(slot), lease, considered)
         raise NoInstance("instances come and go faster than a request can be placed; try again")
 
     def claim(self, request: RouteRequest, slot: int, generation: int, now: float) -> Choice | None:
@@ -164,11 +172,8 @@ class Dispatcher:
 
     def _pick(
         self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int]
-    ) -> tuple[Considered, int, int]:
-        """Not tried and not open; else not tried, the least bad; else, all having been tried, any once more.
-
-        The slot, and the tokens that the request is to count there.
-        """
+    ) -> tuple[Considered, int]:
+        """Not tried and not open; else not tried, the least bad; else, all having been tried, any once more."""
         avoid = {*tried, *self.breaker.open_slots(now), *unfit}
         view = self._table.view(request.role, request.model, avoid=avoid)
         if avoid:
@@ -179,13 +184,12 @@ class Dispatcher:
                     raise NoInstance(f"no {request.role.name.lower()} instance fits its counterpart")
                 left = [slot for slot in fit if slot not in tried]
                 if left:
-                    slot = self.breaker.least_bad(left)
-                    return Considered(view, None, avoid), slot, self._policies[request.role].tokens(request, slot)
+                    return Considered(view, None, avoid), self.breaker.least_bad(left)
                 if unfit:
                     view = self._table.view(request.role, request.model, avoid=unfit)
         policy = self._policies[request.role]
         slot = policy.pick(request, view)
-        return Considered(view, policy.why, avoid), slot, policy.tokens(request, slot)
+        return Considered(view, policy.why, avoid), slot
 
 
 def make_policies(

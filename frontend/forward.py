@@ -303,7 +303,8 @@ class Forward(msgspec.Struct, eq=False):
         now = shared.clock()
         self._first_byte = now - self._began
         choice.lease.answered()
-        shared.dispatcher.breaker.succeeded(choice.lease.slot)
+        if shared.dispatcher.breaker.suspects:
+            shared.dispatcher.breaker.succeeded(choice.lease.slot)
         shared.counters.observe(Histogram.FIRST_TOKEN, self._first_byte)
         self._end(Outcome.DONE, now)
         self._sink.answer(head, data)
