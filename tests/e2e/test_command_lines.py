@@ -14,7 +14,7 @@ import yaml
 from tests.support.client import Client, chat
 from tests.support.processes import Fleet
 
-POLICIES = ["round_robin", "request_num"]
+POLICIES = ["round_robin", "request_num", "cache_aware"]
 CONFIG = "server:\n  splitwise: false\nscheduler:\n  policy: {policy}\nlog:\n  level: error\n  output: file\n"
 COMMAND = ["--host", "127.0.0.1", "--port", "{port}", "--workers", "1", "--config_path", "{cwd}/c.yaml"]
 ENGINES = 3
