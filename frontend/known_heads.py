@@ -33,31 +33,40 @@ _AFTER = len(_LENGTH)
 class KnownHeads(Generic[Head]):
     """By their bytes. One for each kind of message; used on the loop's thread alone."""
 
-    __slots__ = ("_known",)
+    __slots__ = ("_known", "_last")
 
     def __init__(self) -> None:
         self._known: dict[bytes, Head] = {}
+        self._last: tuple[bytes, bytes, Head] | None = None  # what was known last: up to the digits, behind them
 
     def __len__(self) -> int:
         return len(self._known)
 
     def whole(self, data: bytes) -> tuple[Head, bytes] | None:
         """What is known of the head, and the body, if `data` is exactly one message and its head is known."""
+        last = self._last
+        if last is not None and data.startswith(last[0]):
+            at = len(last[0])
+            stop = data.find(b"\r", at)
+            if data.startswith(last[1], stop):
+                return self._fitting(last[2], data, at, stop, stop + len(last[1]))
         end = data.find(_END)
-        at = data.find(_LENGTH, 0, end)
+        at = _digits(data, end) if end > 0 else -1
         if at < 0:
-            at = data.find(_LOWER_LENGTH, 0, end)
-            if at < 0:
-                return None
-        at += _AFTER
+            return None
         stop = data.find(b"\r", at)
         head = self._known.get(data[:at] + data[stop:end])
         if head is None:
             return None
+        self._last = data[:at], data[stop : end + 4], head
+        return self._fitting(head, data, at, stop, end + 4)
+
+    def _fitting(self, head: Head, data: bytes, at: int, stop: int, body: int) -> tuple[Head, bytes] | None:
+        """The head and what follows it, if that is what the digits say."""
         digits = data[at:stop]
-        if not digits.isdigit() or len(digits) > 18 or int(digits) != len(data) - end - 4:
+        if not digits.isdigit() or len(digits) > 18 or int(digits) != len(data) - body:
             return None
-        return head, data[end + 4 :]
+        return head, data[body:]
 
     def learn(self, data: bytes, headers: int, head: Head) -> None:
         """The parser has read a message from the first byte of `data` on: so many headers, and the head means `head`.
@@ -68,14 +77,20 @@ class KnownHeads(Generic[Head]):
         end = data.find(_END)
         if not 0 < end <= MOST_BYTES:
             return
-        at = data.find(_LENGTH, 0, end)
-        if at < 0:
-            at = data.find(_LOWER_LENGTH, 0, end)
+        at = _digits(data, end)
         if at < 0 or data.count(b"\n", 0, end) != headers or data.count(b"\r", 0, end) != headers:
             return
-        at += _AFTER
         stop = data.find(b"\r", at)
         if data[at:stop].isdigit():
-            if len(self._known) >= MOST:
+            key = data[:at] + data[stop:end]
+            if len(self._known) >= MOST and key not in self._known:
                 del self._known[next(iter(self._known))]
-            self._known[data[:at] + data[stop:end]] = head
+            self._known[key] = head
+
+
+def _digits(data: bytes, end: int) -> int:
+    """Where the Content-Length's digits begin; -1: there is none."""
+    at = data.find(_LENGTH, 0, end)
+    if at < 0:
+        at = data.find(_LOWER_LENGTH, 0, end)
+    return at + _AFTER if at >= 0 else -1
