@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format bench bench-peers stress chaos e2e-vllm lock clean
+.PHONY: help install run test check format bench bench-peers stress cluster-demo chaos e2e-vllm lock clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench-peers: $(STAMP) ## Penstock beside other routers; ROUNDS=5 ONLY=.. SCENARI
 
 stress: $(STAMP) ## races and kills in real processes, each also with its protection switched off
 	$(BIN)/python -m pytest -m stress --timeout=900 $(ARGS)
+
+cluster-demo: $(STAMP) ## a Redis and three hosts under skewed load, and who helps whom; ends with Ctrl-C
+	@exec $(BIN)/python -m tests.chaos.demo $(ARGS)
 
 chaos: $(STAMP) ## kill -9 in a cluster of three hosts for ten minutes; SECONDS=600 SEED=..
 	$(BIN)/python -m tests.chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -29,11 +29,14 @@ class Load:
         share: float,
         words: float,
         rng: random.Random,
+        priorities: Sequence[str] = PRIORITIES,
         is_up: Callable[[int], bool] = lambda host: True,
     ) -> None:
         """`words`: mean length of an answer; lengths are log-normal. `is_up`: nothing is sent to hosts that are not."""
         self.clients = [Client(port) for port in ports]
         self.priorities: dict[str, str] = {}
+        """By the request's id."""
+        self._draws = priorities
         self._open = open
         self._share = share
         self._words = words
@@ -94,6 +97,6 @@ class Load:
         client = self.clients[host]
         id = f"h{host}-{len(client.ledger)}"
         words = min(400, max(4, round(self._rng.lognormvariate(0, 1) * self._words / 1.65)))
-        priority = self.priorities[id] = self._rng.choice(PRIORITIES)
+        priority = self.priorities[id] = self._rng.choice(self._draws)
         body = chat(f"Chaos {id}", max_tokens=words, ignore_eos=True)
         return await client.send(PATH, body, id=id, headers={"X-Penstock-Priority": priority})
