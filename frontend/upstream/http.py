@@ -1,6 +1,7 @@
 """The HTTP/1.1 transport: one pool of keep-alive connections per engine, one `HttpCall` per request.
 
-Plain http:// to engines on a trusted network; no TLS, no proxies, no redirects, no decoding: bytes pass through.
+http:// to engines on a trusted network, https:// where one registers so; no proxies, no redirects, no decoding: bytes
+pass through.
 No task, future or timer per request, unless a connection must be opened or waited for.
 
     http_response.py     bytes -> status, headers, body pieces             pure

@@ -11,6 +11,8 @@ of connections: a call that cannot be served soon is better served by another in
 from __future__ import annotations
 
 import asyncio
+import functools
+import ssl
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -23,6 +25,15 @@ IDLE_S = 60.0
 """A connection unused for this long is closed."""
 
 
+_PORTS = {"http": 80, "https": 443}
+
+
+@functools.cache
+def trusted() -> ssl.SSLContext:
+    """What certificates of engines are checked against: the system's authorities, or those of `SSL_CERT_FILE`."""
+    return ssl.create_default_context()
+
+
 class Waiter(Exchange, Protocol):
     """A call that wants a connection."""
 
@@ -33,7 +44,7 @@ class Waiter(Exchange, Protocol):
 class Address:
     """Where an instance's URL points. Raises `ConnectFailed` for what this transport cannot speak."""
 
-    __slots__ = ("authority", "host", "port")
+    __slots__ = ("authority", "host", "is_encrypted", "port")
 
     def __init__(self, url: str) -> None:
         try:
@@ -41,12 +52,13 @@ class Address:
             port = parts.port
         except ValueError as e:
             raise ConnectFailed(f"the URL {url!r} is malformed: {e}") from e
-        if parts.scheme != "http":
-            raise ConnectFailed(f"the URL {url!r} cannot be used: HTTP engines are reached by http:// alone")
+        if parts.scheme not in _PORTS:
+            raise ConnectFailed(f"the URL {url!r} cannot be used: HTTP engines are reached by http:// or https://")
         if not parts.hostname or parts.username or parts.path not in ("", "/") or parts.query or parts.fragment:
             raise ConnectFailed(f"the URL {url!r} cannot be used: http://host:port is expected")
         self.host = parts.hostname
-        self.port = 80 if port is None else port
+        self.port = _PORTS[parts.scheme] if port is None else port
+        self.is_encrypted = parts.scheme == "https"
         shown = f"[{self.host}]" if ":" in self.host else self.host
         if not shown.isascii():
             raise ConnectFailed(f"the URL {url!r} cannot be used: its host must be written in ASCII")
@@ -171,7 +183,8 @@ class Pool:
     async def _dial(self, connection: Connection) -> None:
         """The one task there is, once per new connection; the request is sent by `connection_made` already."""
         try:
-            await self._loop.create_connection(lambda: connection, self.address.host, self.address.port)
+            address, tls = self.address, trusted() if self.address.is_encrypted else None
+            await self._loop.create_connection(lambda: connection, address.host, address.port, ssl=tls)
         except (OSError, UnicodeError, ValueError) as e:  # refused, unreachable, unknown or impossible name
             exchange = connection.exchange
             connection.exchange = None
