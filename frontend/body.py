@@ -192,9 +192,11 @@ def _no_constant(name: str) -> None:
 
 
 _NO_TEXT = (int, float, type(None))
+_DEEPEST = 8
+"""Lists and objects around a text. No known shape has as many; what has more than Python's stack would end it."""
 
 
-def _collect(value: Any, texts: list[str]) -> int:
+def _collect(value: Any, texts: list[str], depth: int = _DEEPEST) -> int:
     """Appends the texts of a prompt, of an input or of messages; returns how many token ids there were.
 
     A prompt or input is a text, token ids, or a list of either; a message has a text or a list of parts.
@@ -202,11 +204,13 @@ def _collect(value: Any, texts: list[str]) -> int:
     if isinstance(value, str):
         texts.append(value)
         return 0
+    if not depth:
+        return 0
     if isinstance(value, list):
         if value and type(value[0]) is int:
             return len(value)
-        return sum([_collect(item, texts) for item in value if not isinstance(item, _NO_TEXT)])
+        return sum([_collect(item, texts, depth - 1) for item in value if not isinstance(item, _NO_TEXT)])
     if isinstance(value, dict):
         content = value.get("content")
-        return _collect(value.get("text") if content is None else content, texts)
+        return _collect(value.get("text") if content is None else content, texts, depth - 1)
     return 0

@@ -109,6 +109,14 @@ def test_whatever_comes_is_read_or_refused(data: bytes) -> None:
     assert read.stream is None or isinstance(read.stream, bool)
 
 
+@pytest.mark.parametrize("depth", [9, 480, 900])
+@pytest.mark.parametrize("shape", ['{"messages": [{"content": %s}]}', '{"prompt": %s}', '{"input": %s}'])
+def test_text_is_not_looked_for_deeper_than_any_known_shape(shape: str, depth: int) -> None:
+    data = (shape % ("[" * depth + '"x"' + "]" * depth)).encode()
+    for parsed in (body.parse(data), body.parse_freely(data)):
+        assert parsed.text().text == ""
+
+
 def test_deep_nesting_is_refused_not_a_crash() -> None:
     for opening in (b'{"a":', b'{"messages":['):
         with pytest.raises(BadRequest):
