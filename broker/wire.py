@@ -104,6 +104,8 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     cached: dict[int, int] = {}
     """Tokens of the prompt that instances had been sent before when it began to wait, by slot; of those with the most,
     `MOST_CACHED`, and of its home."""
+    abroad: bool = True
+    """An instance of another host will do; not for one that failed there."""
 
 
 class RemoteLease(msgspec.Struct, frozen=True, array_like=True):
@@ -112,6 +114,8 @@ class RemoteLease(msgspec.Struct, frozen=True, array_like=True):
     lease: str
     host: str
     """The id of the host that lends it."""
+    failed: bool = False
+    """The instance did, or could not be used; said at the end."""
 
 
 class Tickets(msgspec.Struct, frozen=True, array_like=True, tag=5):

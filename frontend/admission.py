@@ -54,7 +54,19 @@ ATTEMPTS = 4
 class Waiting:
     """One request in line. Its owner is whoever waits, who calls `leave` at the end, whatever happened."""
 
-    __slots__ = ("_line", "cached", "deadline", "home", "key", "number", "priority", "route", "since_ns", "waiter")
+    __slots__ = (
+        "_line",
+        "abroad",
+        "cached",
+        "deadline",
+        "home",
+        "key",
+        "number",
+        "priority",
+        "route",
+        "since_ns",
+        "waiter",
+    )
 
     def __init__(
         self,
@@ -75,6 +87,7 @@ class Waiting:
         self.key, self.priority = line.standing(headers)
         now_ns = time.monotonic_ns()
         self.since_ns = now_ns if since_ns is None else min(since_ns, now_ns)
+        self.abroad = since_ns is None  # who waits again has failed there
         left_s = max(0.0, line.timeout_s - (now_ns - self.since_ns) / 1e9)
         self.deadline = line.loop.call_later(left_s, line.expire, self)
 
@@ -95,6 +108,7 @@ class Waiting:
             self.since_ns,
             self.since_ns + timeout_ns,
             self.cached,
+            self.abroad,
         )
 
 
@@ -132,7 +146,7 @@ class Admission:
         self._returned: list[int] = []
         self._held: dict[str, wire.RemoteLease] = {}  # to be said again
         self._ended: list[wire.RemoteLease] = []
-        self._guests = Guests(config.shm.slots, loop, self._ended_there, forget)
+        self._guests = Guests(config.shm.slots, dispatcher.breaker, loop, self._ended_there, forget)
         self._freed = False
         self._announces = False
         self._flushing = False
@@ -311,7 +325,7 @@ class Admission:
         if waiting is None:
             self._withdraw(grant.number)
             return
-        choice = self._guests.enter(grant)
+        choice = self._guests.enter(grant, time.monotonic())
         if choice is None:
             self._returned.append(grant.number)
         else:

@@ -22,6 +22,7 @@ from broker.errors import UNDECODABLE
 from broker.lease import Lease
 from broker.table import decode
 from broker.types import Instance
+from frontend.breaker import Breaker
 from frontend.dispatch import RETRIED_STATUSES, Choice
 from frontend.upstream.base import Call, Sink, Upstream, UpstreamRequest
 from shm.cells import CounterRow
@@ -76,6 +77,7 @@ class Guests:
     def __init__(
         self,
         first: int,
+        breaker: Breaker,
         loop: asyncio.AbstractEventLoop,
         on_end: Callable[[wire.RemoteLease], None],
         forget: Callable[[Instance], None],
@@ -83,6 +85,7 @@ class Guests:
         """`first` is the number of slots in the table. `on_end` hears of each lease that is over; `forget` of each
         instance that is."""
         self._first = first
+        self._breaker = breaker
         self._loop = loop
         self._on_end = on_end
         self._forget = forget
@@ -107,8 +110,8 @@ class Guests:
         """Whether these are instances of other hosts."""
         return all(slot >= self._first for slot in slots)
 
-    def enter(self, grant: wire.RemoteGrant) -> RemoteChoice | None:
-        """A request goes there; None: it cannot, and the grant is to be returned."""
+    def enter(self, grant: wire.RemoteGrant, now: float) -> RemoteChoice | None:
+        """A request goes there; None: it cannot, and the grant is to be returned. `now`: monotonic seconds."""
         try:
             instance = decode(grant.instance)
         except UNDECODABLE:
@@ -116,18 +119,22 @@ class Guests:
         guest = self._guest(instance)
         if guest is None:
             return None
+        if guest.slot in self._breaker.open_slots(now):
+            self._rest(guest)
+            return None
         given = grant.lease
         lease = Lease(self._row, guest.slot, guest.generation, 0)
         self._row.add(CounterColumn.STARTED, guest.slot)
         guest.open += 1
+        self._breaker.tries(guest.slot, now)
         self.held[given.lease] = given
 
         def ended(_slot: int) -> None:
             del self.held[given.lease]
             guest.open -= 1
-            if not guest.open:
-                guest.idle = self._loop.call_later(IDLE_S, self._leave, guest)
-            self._on_end(given)
+            self._rest(guest)
+            failed = self._breaker.failures(guest.slot) > 0
+            self._on_end(msgspec.structs.replace(given, failed=failed))
 
         lease.on_close = ended
         return RemoteChoice(instance, lease, grant.name)
@@ -148,6 +155,10 @@ class Guests:
             guest.idle = None
         self._guests[key] = guest  # the last one
         return guest
+
+    def _rest(self, guest: _Guest) -> None:
+        if not guest.open:
+            guest.idle = self._loop.call_later(IDLE_S, self._leave, guest)
 
     def _leave(self, guest: _Guest) -> None:
         if guest.idle is not None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from broker import wire
 from broker.cluster.records import Offer, TicketRecord, Waiting, encode
-from broker.scheduler.queue import Ident, Ticket
+from broker.scheduler.lines import Ident, Ticket
 
 Peer = tuple[int, int]
 """A frontend: row and life."""
@@ -51,6 +51,8 @@ class Lease(NamedTuple):
     thief: str
     used: bool = False
     """Its request has been sent there."""
+    failed: bool = False
+    """The instance failed, or could not be reached."""
 
 
 @dataclass(slots=True)
@@ -169,7 +171,7 @@ class Borrowing:
         granted = self._granted.pop(ident, None)
         if granted is None:
             return None
-        self._return(granted.lease)
+        self._return(granted.lease._replace(failed=True))
         return granted.ticket
 
     def held(self, leases: Iterable[wire.RemoteLease], peer: Peer) -> None:
@@ -179,7 +181,7 @@ class Borrowing:
 
     def ended(self, leases: Iterable[wire.RemoteLease]) -> None:
         for each in leases:
-            self._return(Lease(each.lease, each.host, used=True))
+            self._return(Lease(each.lease, each.host, used=True, failed=each.failed))
 
     def forget(self, peer: Peer) -> int:
         """The frontend is dead: nothing of it runs anywhere. Returns how many of its tickets were on their way."""

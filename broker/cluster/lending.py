@@ -12,6 +12,8 @@ end off. So the place is free again in time, whether Redis can be asked or not.
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -27,6 +29,10 @@ MOST_ROOM = 64
 """Places of one instance that are offered at once."""
 GRACE_NS = 1_000_000_000
 """A lease lasts this much longer here than in Redis, which its origin believes."""
+
+
+REST_NS = 5_000_000_000
+"""An instance that failed a request of another host is not offered for so long: its own host may not know it yet."""
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True, tag="note/1"):
@@ -58,14 +64,23 @@ class Lent:
 class Lending:
     """The one writer of the column LENT. Owned by the scheduler."""
 
-    def __init__(self, table: TableReader, cells: memoryview, instance_capacity: int, machine: str) -> None:
+    def __init__(
+        self,
+        table: TableReader,
+        cells: memoryview,
+        instance_capacity: int,
+        machine: str,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         """`cells`: the block `queue`, writable. What a predecessor lent counts until `show_all`."""
         self._table = table
         self._cells = cells
         self._slots = len(cells) // len(QueueColumn)
-        self._saturation = Saturation(table, instance_capacity)
+        self._saturation = Saturation(table, instance_capacity, clock)
         self._machine = machine
+        self._clock = clock
         self._lent: dict[str, Lent] = {}
+        self._rests: dict[tuple[int, int], int] = {}  # until when, by slot and generation
         self._numbers = itertools.count(1)
 
     def __repr__(self) -> str:
@@ -78,11 +93,13 @@ class Lending:
 
     def places(self) -> list[Place]:
         """Instances that could take requests of other hosts: with room, and none of our own waits for it."""
+        now_ns = self._clock()
         found = []
+        self._rests = {key: until_ns for key, until_ns in self._rests.items() if until_ns > now_ns}
         for entry in self._table.entries():
             if entry.state is not State.READY or entry.instance.role is not Role.MIXED:
                 continue
-            if self._saturation.is_held(entry.slot):
+            if self._saturation.is_held(entry.slot) or (entry.slot, entry.generation) in self._rests:
                 continue
             room = self._room(entry.slot)
             if room > 0:
@@ -114,11 +131,13 @@ class Lending:
         self._show(slot)
         return lent
 
-    def end(self, lease: str) -> bool:
-        """Returned, declined or refused; False: it was over before."""
+    def end(self, lease: str, *, failed: bool = False) -> bool:
+        """Returned, declined or refused; False: it was over before. `failed`: the instance did."""
         lent = self._lent.pop(lease, None)
         if lent is None:
             return False
+        if failed:
+            self._rests[lent.slot, lent.generation] = self._clock() + REST_NS
         self._show(lent.slot)
         return True
 

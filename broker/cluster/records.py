@@ -152,6 +152,8 @@ class Returned(msgspec.Struct, frozen=True, array_like=True, tag="returned/1"):
     lease: _Name
     used: bool
     """A request ran there."""
+    failed: bool = False
+    """The instance failed, or could not be reached."""
 
 
 Letter = Offer | Returned

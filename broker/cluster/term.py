@@ -30,7 +30,7 @@ from broker.cluster.records import ForeignRecord, HostLoad, Offer, Returned, Tic
 from broker.cluster.stealing import pick, plan
 from broker.cluster.store import LETTERS, OFFER_MS, Proposal, Store, Surveyed, Told
 from broker.config import Scheduler
-from broker.scheduler.queue import Ident, Ticket
+from broker.scheduler.lines import Ident, Ticket
 from broker.table import SchedulerEvent
 from broker.types import Instance
 
@@ -196,7 +196,7 @@ class Term:
                     instance = self._read(records.as_instance, offer.instance)
                     if instance is not None:
                         offers.append((offer, instance))
-                case Returned(lease=lease, used=used) if self._here.lending.end(lease):
+                case Returned(lease=lease, used=used, failed=failed) if self._here.lending.end(lease, failed=failed):
                     self._here.count(SchedulerEvent.CLUSTER_RETURNED, 1)
                     self._here.count(SchedulerEvent.CLUSTER_LENT, used)
                     freed = True
@@ -246,7 +246,9 @@ class Term:
 
     async def _give_back(self) -> None:
         leases = self._here.own.returns[:LETTERS]
-        letters = [(lease.id, lease.thief, records.encode(Returned(lease.id, lease.used))) for lease in leases]
+        letters = [
+            (lease.id, lease.thief, records.encode(Returned(lease.id, lease.used, lease.failed))) for lease in leases
+        ]
         await self._store.give_back(letters)
         self._here.own.gave_back(leases)
 
