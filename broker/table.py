@@ -172,8 +172,12 @@ def encode(instance: Instance) -> bytes:
     """The blob of `instance`. Raises MetadataTooLarge."""
     blob = msgspec.msgpack.encode(instance)
     if len(blob) > MAX_BLOB_BYTES:
+        sizes = {"transfer": len(instance.transfer), "models": len(msgspec.msgpack.encode(instance.models))}
+        largest = max(sizes, key=lambda name: sizes[name])
         raise MetadataTooLarge(
-            f"the metadata of {instance.url} takes {len(blob)} bytes; {MAX_BLOB_BYTES} is the limit", param="transfer"
+            f"the metadata of {instance.url} takes {len(blob)} bytes, {sizes[largest]} of them its {largest}; "
+            f"{MAX_BLOB_BYTES} is the limit",
+            param=largest,
         )
     return blob
 

@@ -61,6 +61,8 @@ class FastDeployFields(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     tp_size: int = 0
     version: str = ""
     """Of the weights; prefill engines ask for the decode instances of theirs."""
+    is_paused: bool = False
+    """It takes requests, and begins none before it is resumed."""
 
 
 class PairFields(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -107,4 +107,5 @@ def _registration(instance: Instance) -> dict[str, Any]:
         "metrics_port": fields.metrics_port or address.port,
         "tp_size": fields.tp_size,
         "version": fields.version,
+        "is_paused": fields.is_paused,
     }

@@ -351,6 +351,7 @@ def _fastdeploy(fields: Fields, splitwise: bool) -> FastDeployFields | None:
         device_ids=_numerals(fields, "device_ids"),
         tp_size=fields.get("tp_size") or 0,
         version=_version(fields.get("version")),
+        is_paused=fields.get("is_paused") is True,
     )
 
 

@@ -5,6 +5,8 @@ the shell's. Time is passed in.
                     `health-success-threshold` successes READY again; in doubt it is asked more often
     native engines  beat: silence for `wire.DEAD_AFTER_S` makes one DOWN, the next beat READY again. One that never
                     beats (registered by somebody else) is probed, and an answer counts as a sign of life
+    FastDeploy      one that says it is paused, in its registrations, gets nothing new while another of its kind serves.
+                    When all are paused requests go there as ever, and wait inside until they are resumed
     both            forgotten after `expire-after-secs` without a sign of life; DRAINING is an operator's word and
                     stays, healthy or not, until `resume`
 
@@ -25,7 +27,7 @@ from broker.errors import PenstockError
 from broker.faces import face_of
 from broker.scheduler.registration import MOST_CAPACITY, from_hello
 from broker.table import State
-from broker.types import Instance, LoadReport
+from broker.types import Instance, LoadReport, Role
 
 SECOND_NS = 1_000_000_000
 DEAD_AFTER_NS = int(wire.DEAD_AFTER_S * SECOND_NS)
@@ -61,6 +63,8 @@ class Member:
     alive_ns: int
     """Last sign of life: a beat, a good probe, a registration."""
     draining: bool = False
+    rests: bool = False
+    """It is paused, and others serve."""
     healthy: bool = True
     ready: bool = True
     """Native: its own word, in its beats."""
@@ -80,8 +84,13 @@ class Member:
     """Its models were found by asking it, so they are asked for again from time to time."""
 
     @property
+    def is_paused(self) -> bool:
+        fields = self.instance.fastdeploy
+        return fields is not None and fields.is_paused
+
+    @property
     def state(self) -> State:
-        if self.draining:
+        if self.draining or (self.rests and self.healthy):
             return State.DRAINING
         return State.READY if self.healthy else State.DOWN
 
@@ -108,17 +117,19 @@ class Registry:
         """Rises with every change of who is registered and how; lets the shell reconcile what hangs on it."""
         survivors = table.take_over()
         for index, (slot, instance, state) in enumerate(survivors):
-            self._enter(
-                Member(
-                    slot=slot,
-                    instance=instance,
-                    draining=state is State.DRAINING,
-                    healthy=state is not State.DOWN,
-                    alive_ns=now_ns,
-                    quiet_until_ns=now_ns + GRACE_NS,
-                    probe_ns=now_ns + self._probe_ns * index // len(survivors),  # spread, not all at once
-                )
+            member = Member(
+                slot=slot,
+                instance=instance,
+                draining=state is State.DRAINING,
+                healthy=state is not State.DOWN,
+                alive_ns=now_ns,
+                quiet_until_ns=now_ns + GRACE_NS,
+                probe_ns=now_ns + self._probe_ns * index // len(survivors),  # spread, not all at once
             )
+            if member.is_paused:  # then it rested: the table does not tell that from an operator's word
+                member.rests, member.draining = member.draining, False
+            self._enter(member)
+        self._settle_paused()
 
     def __repr__(self) -> str:
         members = ", ".join(f"{m.instance.url}={m.state.name}@{m.slot}" for m in self._members.values())
@@ -155,6 +166,7 @@ class Registry:
         member.alive_ns = now_ns
         member.quiet_until_ns = now_ns + self._covered_ns
         self._set_healthy(member, member.ready)
+        self._settle_paused()
         return member
 
     def leave(self, url: str, now_ns: int) -> bool:
@@ -166,12 +178,13 @@ class Registry:
         return True
 
     def drain(self, url: str, resume: bool) -> Member | None:
-        """No new requests to it, or (resume) again; None = not registered."""
-        member = self._members.get(url)
+        """No new requests to it, or (resume) again; None = not registered. `url` may be as a person writes it."""
+        member = self._members.get(url) or self._members.get(url.rstrip("/").lower())
         if member is not None and member.draining is resume:
             member.draining = not resume
             self._table.set_state(member.slot, member.state)
             self.changes += 1
+            self._settle_paused()
         return member
 
     # -- native engines ----------------------------------------------------------------------------------------
@@ -318,6 +331,7 @@ class Registry:
         if not member.draining:
             self._table.set_state(member.slot, member.state)
         self.changes += 1
+        self._settle_paused()
 
     def _remove(self, member: Member, now_ns: int, *, may_return: bool) -> None:
         self._table.remove(member.slot, now_ns)
@@ -328,3 +342,25 @@ class Registry:
             for oldest in list(self._ended)[: len(self._ended) - REMEMBERED]:
                 del self._ended[oldest]
         self.changes += 1
+        self._settle_paused()
+
+    def _settle_paused(self) -> None:
+        """Who is paused rests, as long as somebody else of the same role and models serves. Called after any change."""
+        paused = [member for member in self._members.values() if member.is_paused or member.rests]
+        if not paused:
+            return
+        serving = {
+            _kind(member)
+            for member in self._members.values()
+            if member.healthy and not member.draining and not member.is_paused
+        }
+        for member in paused:
+            was = member.state
+            member.rests = member.is_paused and _kind(member) in serving
+            if member.state is not was:
+                self._table.set_state(member.slot, member.state)
+                self.changes += 1
+
+
+def _kind(member: Member) -> tuple[Role, tuple[str, ...]]:
+    return member.instance.role, member.instance.models

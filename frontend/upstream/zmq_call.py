@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from broker.errors import ClientTooSlow, PenstockError, UpstreamBroken
+import msgspec
+
+from broker.errors import UNDECODABLE, ClientTooSlow, PenstockError, UpstreamBroken
 from broker.wire import CHUNK, DONE, ERROR
 from frontend.upstream.base import Headers, Sink
 
@@ -195,5 +197,18 @@ class ZmqCall:
             self._owner.deliver_soon(self)
 
 
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _Answer(msgspec.Struct):
+    error: _Error | str
+
+
 def _shown(data: bytes) -> str:
-    return data[:200].decode("utf-8", "replace")
+    """The engine's words: of an error in OpenAI's form its message, so that no JSON is nested in ours."""
+    try:
+        error = msgspec.json.decode(data, type=_Answer).error
+    except UNDECODABLE:
+        return data[:200].decode("utf-8", "replace")
+    return (error if isinstance(error, str) else error.message)[:200]

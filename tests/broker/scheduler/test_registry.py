@@ -14,7 +14,7 @@ from broker.config import Config
 from broker.errors import TableFull
 from broker.scheduler.registry import DEAD_AFTER_NS, GRACE_NS, SECOND_NS, Registry
 from broker.table import State
-from broker.types import EngineKind, Instance, LoadReport, Role
+from broker.types import EngineKind, FastDeployFields, Instance, LoadReport, Role
 
 SETTINGS = config.build(
     {
@@ -240,6 +240,64 @@ def test_who_fell_ill_while_draining_is_down_after_resume() -> None:
     world.probe("http://a:1", False, False, False)
     world.registry.drain("http://a:1", resume=True)
     assert world.state("http://a:1") is State.DOWN
+
+
+def paused(world: World, host: str, is_paused: bool = True) -> State | None:
+    world.http(host, fastdeploy=FastDeployFields(is_paused=is_paused))
+    return world.state(f"http://{host}:1")
+
+
+def test_who_is_paused_rests_while_another_serves() -> None:
+    world = World()
+    assert paused(world, "a") is State.READY  # alone: requests wait inside until it is resumed
+    world.http("b")
+    assert world.state("http://a:1") is State.DRAINING
+    assert paused(world, "a", is_paused=False) is State.READY
+    assert paused(world, "a") is State.DRAINING
+    for change in ("down", "drained", "gone"):
+        if change == "down":
+            world.probe("http://b:1", False, False, False)
+        elif change == "drained":
+            world.registry.drain("http://b:1", resume=False)
+        else:
+            world.registry.leave("http://b:1", world.now)
+        assert world.state("http://a:1") is State.READY
+        world.registry.drain("http://b:1", resume=True)
+        world.http("b")
+        assert world.state("http://a:1") is State.DRAINING
+
+
+def test_others_of_another_kind_do_not_serve_in_the_place_of_who_is_paused() -> None:
+    world = World()
+    world.http("b", models=("other",))
+    world.http("c", role=Role.DECODE)
+    assert paused(world, "a") is State.READY
+
+
+def test_who_rests_when_the_scheduler_dies_wakes_up_when_it_is_resumed() -> None:
+    world = World()
+    world.http("b")
+    assert paused(world, "a") is State.DRAINING
+    world = World(table=world.table)
+    assert world.state("http://a:1") is State.DRAINING
+    assert paused(world, "a", is_paused=False) is State.READY
+
+
+def test_who_rests_and_falls_ill_is_down() -> None:
+    world = World()
+    world.http("b")
+    paused(world, "a")
+    world.probe("http://a:1", False, False, False)
+    assert world.state("http://a:1") is State.DOWN
+    world.probe("http://a:1", True, True)
+    assert world.state("http://a:1") is State.DRAINING
+
+
+@pytest.mark.parametrize("url", ["http://a:1", "http://a:1/", "HTTP://A:1"])
+def test_a_person_may_write_the_url_in_other_ways(url: str) -> None:
+    world = World()
+    world.http()
+    assert world.registry.drain(url, resume=False) is world.registry.get("http://a:1")
 
 
 def test_draining_somebody_unknown_is_said() -> None:

@@ -68,7 +68,7 @@ def test_a_newcomer_passes_as_many_checks_as_one_that_comes_back(running: Runnin
 
 def test_metadata_that_does_not_fit_is_refused(running: RunningScheduler, engine: FakeEngine) -> None:
     status, answer = running.register(**body(engine, models=["m" * 60 + str(n) for n in range(200)]))
-    assert (status, answer["error"]["param"]) == (400, "transfer")
+    assert (status, answer["error"]["param"]) == (400, "models")
 
 
 def test_repeated_registrations_are_not_probed(running: RunningScheduler, engine: FakeEngine) -> None:

@@ -235,15 +235,19 @@ def test_error_with_an_impossible_status_is_502(status: object) -> None:
     play(scene)
 
 
-def test_error_after_the_first_bytes_is_upstream_broken_even_in_the_same_step() -> None:
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b'{"error": "oom"}', "oom"), (b'{"error":{"message":"oom","code":null}}', "oom"), (b"<oom>", "<oom>")],
+)
+def test_error_after_the_first_bytes_is_upstream_broken_even_in_the_same_step(data: bytes, words: str) -> None:
     async def scene(upstream: ZmqUpstream, engine: ZmqEngine) -> None:
         sink = post(upstream, engine.instance)
         asked = await engine.asked()
-        engine.step(asked.route, [asked.delta(CHUNK, b"a"), asked.delta(ERROR, b'{"error": "oom"}', 500)])
+        engine.step(asked.route, [asked.delta(CHUNK, b"a"), asked.delta(ERROR, data, 500)])
         await ended(sink)
         assert (sink.status, sink.body) == (200, b"a")
         assert isinstance(sink.error, UpstreamBroken)
-        assert "oom" in sink.error.message
+        assert sink.error.message == f"the engine ended its answer with an error: {words}"
 
     play(scene)
 
