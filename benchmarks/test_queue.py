@@ -21,7 +21,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from broker.lease import take
 from broker.saturation import Saturation
-from broker.scheduler.queue import AdmissionQueue, Ticket
+from broker.scheduler.lines import Ticket
+from broker.scheduler.queue import AdmissionQueue
 from broker.types import EngineKind, Role
 from tests.support.client import Client, chat
 from tests.support.processes import Fleet

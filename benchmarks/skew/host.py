@@ -8,7 +8,8 @@ from random import Random
 from benchmarks.routing.engine import TOKENS_PER_S
 from benchmarks.skew.workload import Request, Workload
 from benchmarks.skew.world import Instance, World
-from broker.scheduler.queue import AdmissionQueue, Ticket
+from broker.scheduler.lines import Ticket
+from broker.scheduler.queue import AdmissionQueue
 from broker.types import Role
 
 POOL = (Role.MIXED, "m")

@@ -26,7 +26,8 @@ from broker import wire
 from broker.config import Scheduler
 from broker.errors import ModelNotFound, NoInstance, QueueFull
 from broker.saturation import Saturation
-from broker.scheduler.queue import AdmissionQueue, Grant, Ident, Pool, Ticket
+from broker.scheduler.lines import Ident, Pool, Ticket
+from broker.scheduler.queue import AdmissionQueue, Grant
 from broker.table import Column, QueueColumn, SchedulerEvent
 from broker.view import TableReader
 
@@ -191,6 +192,7 @@ class Admission:
                     ticket.deadline_ns,
                     dict(islice(ticket.cached.items(), wire.MOST_CACHED)),
                     ticket.model,
+                    ticket.abroad,
                 ),
                 now_ns,
             )
@@ -290,8 +292,8 @@ class Admission:
         return len(self._queue), self._queue.tokens
 
     def front(self, limit: int) -> list[tuple[int, Ticket]]:
-        """Who is next in line, each with what orders it."""
-        return [] if self._awaited else self._queue.front(limit)
+        """Who is next in line and may go to another host, each with what orders it."""
+        return [] if self._awaited else [item for item in self._queue.front(limit) if item[1].abroad]
 
     def paces_ms(self, slots: Iterable[int]) -> dict[int, float]:
         """How often these instances take a ticket; those without experience are missing."""

@@ -31,53 +31,16 @@ to the line it is taken from.
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import chain, islice
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from broker.errors import QueueFull
-from broker.types import Role
-
-Pool = tuple[Role, str | None]
-"""What tickets have in common that the same instances can serve: `TableReader.kind`."""
-Ident = tuple[int, int, int]
-"""Row and life of the ticket's frontend, and its number there."""
+from broker.scheduler.lines import Home, Ident, Place, Pool, Sorted, Ticket, by_age, by_deadline
 
 VICTIMS = 4
 """Homes looked at per steal, those with the most waiting tokens first."""
-LOOK = 16
-"""Tickets looked at per line when stealing: the head and the next few."""
 _PACE_WEIGHT = 0.2
 """Of the newest interval between two grants, in the mean."""
-_FEW = 64
-"""Places that are gone may lie about before it is worth tidying up."""
-
-
-class Ticket(NamedTuple):
-    """One waiting request."""
-
-    ident: Ident
-    pool: Pool
-    home: int
-    """The slot that the policy preferred."""
-    prompt: int
-    """Tokens, at least 1."""
-    priority: int
-    """0 is the highest."""
-    key: str
-    """Fairness key: whose request it is."""
-    offered_ns: int
-    """When it began to wait; its place in line."""
-    deadline_ns: int
-    cached: Mapping[int, int] = {}
-    """Tokens of the prompt that instances have cached, by slot; where nothing is known, nothing is."""
-    model: str | None = None
-    """As its client named it; the pool knows only names that this host serves."""
-
-    def cost_at(self, slot: int) -> int:
-        """Tokens that the instance in `slot` would have to compute, at least 1."""
-        return min(max(1, self.prompt - self.cached[slot]), self.prompt) if slot in self.cached else self.prompt
 
 
 class Grant(NamedTuple):
@@ -87,174 +50,6 @@ class Grant(NamedTuple):
     @property
     def stolen(self) -> bool:
         return self.slot != self.ticket.home
-
-
-class _Place:
-    """A ticket in a line, or what is left of it there after it was withdrawn or granted."""
-
-    __slots__ = ("cost", "home", "lane", "line", "ticket", "waits")
-
-    def __init__(self, ticket: Ticket, home: Home, lane: Lane, line: Line) -> None:
-        self.ticket = ticket
-        self.cost = ticket.cost_at(home.slot)
-        self.home = home
-        self.lane = lane
-        self.line = line
-        self.waits = True
-
-    def lost_at(self, slot: int) -> int:
-        """Tokens that are cached at home and would have to be computed in `slot`."""
-        return max(0, self.ticket.cost_at(slot) - self.cost)
-
-
-class _Sorted:
-    """Places by a time. Those that no longer wait are dropped when they surface, or when they are the most.
-
-    Nearly all come in the order of their times: those are appended, and a grant costs the same however many there are.
-    The others (put back, offered again, a little late) are few, and kept in a heap.
-    """
-
-    __slots__ = ("_gone", "_late", "_punctual", "_serial")
-
-    def __init__(self) -> None:
-        self._punctual: deque[tuple[int, _Place]] = deque()
-        self._late: list[tuple[int, int, _Place]] = []
-        self._serial = 0  # equal times: in the order of coming, and places are never compared
-        self._gone = 0
-
-    def __len__(self) -> int:
-        """Those that are gone included."""
-        return len(self._punctual) + len(self._late)
-
-    def push(self, at: int, place: _Place) -> None:
-        if not self._punctual or at >= self._punctual[-1][0]:
-            self._punctual.append((at, place))
-        else:
-            self._serial += 1
-            heapq.heappush(self._late, (at, self._serial, place))
-
-    def head(self) -> _Place | None:
-        punctual, late = self._punctual, self._late
-        while punctual and not punctual[0][1].waits:
-            punctual.popleft()
-            self._gone -= 1
-        while late and not late[0][2].waits:
-            heapq.heappop(late)
-            self._gone -= 1
-        if late and (not punctual or late[0][0] < punctual[0][0]):
-            return late[0][2]
-        return punctual[0][1] if punctual else None
-
-    def near_head(self) -> list[_Place]:
-        """Some of the oldest, the head among them."""
-        places = [item[1] for item in islice(self._punctual, LOOK)] + [item[2] for item in self._late[:LOOK]]
-        return [place for place in places if place.waits]
-
-    def waiting(self) -> Iterator[_Place]:
-        places = chain((item[1] for item in self._punctual), (item[2] for item in self._late))
-        return (place for place in places if place.waits)
-
-    def first(self, limit: int) -> list[tuple[int, _Place]]:
-        """The oldest that wait, with their times, in order."""
-        self.head()
-        punctual = [item for item in islice(self._punctual, limit * LOOK) if item[1].waits][:limit]
-        late = [(at, place) for at, _, place in heapq.nsmallest(limit, self._late) if place.waits]
-        return sorted(punctual + late, key=_time)[:limit] if late else punctual
-
-    def left(self) -> None:
-        """One of the places here waits no more."""
-        self._gone += 1
-        if self._gone > _FEW and self._gone * 2 > len(self):
-            self._punctual = deque(item for item in self._punctual if item[1].waits)
-            self._late = [item for item in self._late if item[2].waits]
-            heapq.heapify(self._late)
-            self._gone = 0
-
-
-class Line:
-    """The tickets of one fairness key."""
-
-    __slots__ = ("count", "credit", "key", "places")
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.places = _Sorted()
-        self.count = 0
-        self.credit = 0
-
-    def head(self) -> _Place:
-        place = self.places.head()
-        assert place is not None, "a line without tickets is removed from its lane"
-        return place
-
-
-class Lane:
-    """The lines of one priority, in the order of their turns; the first one has its turn now."""
-
-    __slots__ = ("lines", "quantum")
-
-    def __init__(self) -> None:
-        self.lines: OrderedDict[str, Line] = OrderedDict()
-        self.quantum = 1
-
-    def turn(self) -> Line:
-        """Whose head is next. Stays so until it is served or withdrawn."""
-        line = next(iter(self.lines.values()))
-        if line.credit < line.head().cost:
-            self.lines.move_to_end(line.key)
-            line = next(iter(self.lines.values()))
-            if line.credit < line.head().cost:
-                line.credit += self.quantum
-        return line
-
-
-class Home:
-    """The tickets that prefer one instance, of one pool."""
-
-    __slots__ = ("count", "lanes", "slot", "tokens")
-
-    def __init__(self, slot: int) -> None:
-        self.slot = slot
-        self.lanes: dict[int, Lane] = {}
-        self.count = 0
-        self.tokens = 0
-
-    def enter(self, ticket: Ticket) -> _Place:
-        lane = self.lanes.get(ticket.priority)
-        if lane is None:
-            lane = self.lanes[ticket.priority] = Lane()
-        line = lane.lines.get(ticket.key)
-        if line is None:
-            line = lane.lines[ticket.key] = Line(ticket.key)
-        place = _Place(ticket, self, lane, line)
-        lane.quantum = max(lane.quantum, place.cost)
-        line.places.push(ticket.offered_ns, place)
-        line.count += 1
-        self.count += 1
-        self.tokens += place.cost
-        return place
-
-    def leave(self, place: _Place) -> None:
-        line = place.line
-        place.waits = False
-        line.places.left()
-        line.count -= 1
-        self.count -= 1
-        self.tokens -= place.cost
-        if not line.count:
-            del place.lane.lines[line.key]
-            if not place.lane.lines:
-                del self.lanes[place.ticket.priority]
-
-    def lanes_by_age(self, aging_ns: int) -> list[tuple[int, Line]]:
-        """What each lane would serve next, the one that is served first."""
-        turns = [(priority, lane.turn()) for priority, lane in self.lanes.items()]
-        aged = [(line.head().ticket.offered_ns + priority * aging_ns, line) for priority, line in turns]
-        return sorted(aged, key=_age) if len(aged) > 1 else aged
-
-    def places(self) -> list[_Place]:
-        lines = (line for lane in self.lanes.values() for line in lane.lines.values())
-        return [place for line in lines for place in line.places.waiting()]
 
 
 class _Pace:
@@ -285,11 +80,11 @@ class AdmissionQueue:
         self._max_tokens = max_tokens
         self._aging_ns = aging_ns
         self._token_ns = token_ns
-        self._places: dict[Ident, _Place] = {}
+        self._places: dict[Ident, Place] = {}
         self._pools: dict[Pool, dict[int, Home]] = {}
         self._paces: dict[int, _Pace] = {}
-        self._deadlines = _Sorted()
-        self._ages = _Sorted()
+        self._deadlines = Sorted(by_deadline)
+        self._ages = Sorted(by_age)
         self.tokens = 0
         """What all tickets cost at home."""
 
@@ -326,7 +121,7 @@ class AdmissionQueue:
 
         With each ticket goes what orders it among all of them.
         """
-        return [(at, place.ticket) for at, place in self._ages.first(limit)]
+        return [(place.age_ns, place.ticket) for place in self._ages.first(limit)]
 
     def pace_ns(self, slot: int) -> float | None:
         """Mean time between two tickets that the instance takes; None without experience."""
@@ -366,7 +161,7 @@ class AdmissionQueue:
     def expire(self, now_ns: int) -> list[Ticket]:
         """Removes those whose deadline has passed."""
         expired = []
-        while (place := self._deadlines.head()) is not None and place.ticket.deadline_ns <= now_ns:
+        while (place := self._deadlines.head()) is not None and place.deadline_ns <= now_ns:
             self._leave(place)
             expired.append(place.ticket)
         return expired
@@ -397,10 +192,9 @@ class AdmissionQueue:
         Without `steal` only one that prefers the instance.
         """
         homes = [homes for pool in pools if (homes := self._pools.get(pool))]
-        own = [aged for each in homes if slot in each for aged in each[slot].lanes_by_age(self._aging_ns)[:1]]
+        own = [place for each in homes if slot in each for place in each[slot].turns()[:1]]
         if own:
-            line = min(own, key=_age)[1] if len(own) > 1 else own[0][1]
-            return self._take(line.head(), slot, now_ns)
+            return self._take(min(own, key=by_age) if len(own) > 1 else own[0], slot, now_ns)
         if not steal:
             return None
         peers = [home for each in homes for home in each.values()]
@@ -410,24 +204,22 @@ class AdmissionQueue:
                 return self._take(place, slot, now_ns)
         return None
 
-    def _to_steal(self, victim: Home, thief: int, now_ns: int) -> _Place | None:
+    def _to_steal(self, victim: Home, thief: int, now_ns: int) -> Place | None:
         pace = self._paces.get(victim.slot)
         wait_ns = pace.expected_ns(now_ns) if pace is not None else float("inf")
-        for _, line in victim.lanes_by_age(self._aging_ns):
-            head = line.head()
-            if not head.lost_at(thief) and head.ticket.cost_at(thief) * self._token_ns <= wait_ns:
+        for head in victim.turns():
+            if not head.lost_at(thief) and head.cost_at(thief) * self._token_ns <= wait_ns:
                 return head  # nothing is cheaper to move, and it is the oldest
-            found = [
-                place for place in line.places.near_head() if place.ticket.cost_at(thief) * self._token_ns <= wait_ns
-            ]
+            near = head.line.places.near_head()
+            found = [place for place in near if place.cost_at(thief) * self._token_ns <= wait_ns]
             if found:
-                return min(found, key=lambda place: (place.lost_at(thief), _offered(place)))
+                return min(found, key=lambda place: (place.lost_at(thief), place.age_ns))
         return None
 
-    def _take(self, place: _Place, slot: int, now_ns: int) -> Grant:
+    def _take(self, place: Place, slot: int, now_ns: int) -> Grant:
         place.line.credit -= place.cost
         self._leave(place)
-        if slot == place.ticket.home:
+        if slot == place.home.slot:
             self._paces[slot].took(now_ns)
         return Grant(place.ticket, slot)
 
@@ -442,7 +234,7 @@ class AdmissionQueue:
 
     # -- one place each ------------------------------------------------------------------------------------
 
-    def _enter(self, ticket: Ticket, now_ns: int) -> _Place:
+    def _enter(self, ticket: Ticket, now_ns: int) -> Place:
         homes = self._pools.setdefault(ticket.pool, {})
         home = homes.get(ticket.home)
         if home is None:
@@ -452,24 +244,26 @@ class AdmissionQueue:
                 self._paces[ticket.home] = _Pace(now_ns)
             else:
                 pace.since_ns = now_ns
-        place = self._places[ticket.ident] = home.enter(ticket)
-        self._deadlines.push(ticket.deadline_ns, place)
-        self._ages.push(ticket.offered_ns + ticket.priority * self._aging_ns, place)
+        age_ns = ticket.offered_ns + ticket.priority * self._aging_ns
+        place = self._places[ticket.ident] = home.enter(ticket, age_ns)
+        self._deadlines.push(place)
+        self._ages.push(place)
         self.tokens += place.cost
         return place
 
-    def _leave(self, place: _Place) -> None:
-        ticket, home = place.ticket, place.home
-        del self._places[ticket.ident]
+    def _leave(self, place: Place) -> None:
+        home = place.home
+        del self._places[place.ident]
         home.leave(place)
         self._deadlines.left()
         self._ages.left()
         self.tokens -= place.cost
         if not home.count:
-            homes = self._pools[ticket.pool]
+            pool = place.ticket.pool
+            homes = self._pools[pool]
             del homes[home.slot]
             if not homes:
-                del self._pools[ticket.pool]
+                del self._pools[pool]
 
     def _retry_after_s(self, now_ns: int) -> int:
         """About when the last of those that wait now will have been served."""
@@ -477,15 +271,7 @@ class AdmissionQueue:
         return max(1, min(60, round(len(self._places) / rate / 1e9))) if rate else 1
 
 
-def _age(aged: tuple[int, Line]) -> int:
-    return aged[0]
-
-
-def _time(item: tuple[int, _Place]) -> int:
-    return item[0]
-
-
-def _offered(place: _Place) -> int:
+def _offered(place: Place) -> int:
     return place.ticket.offered_ns
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from broker.errors import QueueFull
-from broker.scheduler.queue import AdmissionQueue, Grant, Ident, Ticket
+from broker.scheduler.lines import Ident, Ticket
+from broker.scheduler.queue import AdmissionQueue, Grant
 from broker.types import Role
 
 POOL, OTHER = (Role.MIXED, "m"), (Role.MIXED, "n")
