@@ -89,6 +89,9 @@ class Answer:
         self.write(data)
         self.finish()
 
+    def chunk(self, framed: bytes, size: int) -> None:
+        self.write(framed[-size - 2 : -2])
+
     def finish(self) -> None:
         self._ended = True
         self._wake()

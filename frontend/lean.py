@@ -226,6 +226,13 @@ class LeanCycle(msgspec.Struct, eq=False):
         self._client.send(b"%b%b%b%d\r\n%b%b%b" % (_OK, lean.default_lines(), before, len(data), after, end, data))
         self._complete()
 
+    def chunk(self, framed: bytes, size: int) -> None:
+        if self._chunked and not self._head:
+            self._last = framed[-6:-2]  # enough to see whether it ends an event
+            self._client.send(framed)
+        else:
+            self.write(framed[-size - 2 : -2])
+
     def finish(self) -> None:
         if self._chunked:
             self._send(self._head + b"0\r\n\r\n")

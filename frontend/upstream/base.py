@@ -101,10 +101,13 @@ class Sink(Protocol):
 
 
 class WholeSink(Sink, Protocol):
-    """One that can also take a whole answer at once. Transports may use it; none needs to."""
+    """One that can also take what is whole as it is. Transports may use it; none needs to."""
 
     def answer(self, head: AnswerHead, data: bytes) -> None:
         """`start`, `write` and `finish` in one: status 200, and `data` is never empty."""
+
+    def chunk(self, framed: bytes, size: int) -> None:
+        """`write` of one whole chunk of that many bytes in HTTP's chunked coding, without extensions; never empty."""
 
 
 class Call(Protocol):

@@ -13,7 +13,7 @@ No task, future or timer per request, unless a connection must be opened or wait
 from __future__ import annotations
 
 import asyncio
-from typing import cast
+from typing import Any
 
 import msgspec
 
@@ -47,7 +47,8 @@ class HttpUpstream:
         return f"<HttpUpstream {list(self._pools.values())}>"
 
     def open(self, instance: Instance, request: UpstreamRequest, sink: Sink) -> Call:
-        call = HttpCall(self._loop, self._connect_s, sink, hasattr(sink, "answer"))
+        heard: Any = sink
+        call = HttpCall(self._loop, self._connect_s, heard, hasattr(sink, "answer"))
         try:
             if self._closed:
                 raise ConnectFailed("the frontend is closing")
@@ -86,7 +87,8 @@ class HttpCall(msgspec.Struct, eq=False):
 
     _loop: asyncio.AbstractEventLoop
     _connect_s: float
-    _sink: Sink | None
+    _sink: WholeSink | None
+    """At least a `Sink`; the whole of it if it `takes_whole`."""
     takes_whole: bool
     head: bytes = b""
     body: bytes = b""
@@ -138,12 +140,17 @@ class HttpCall(msgspec.Struct, eq=False):
         self._connection = connection
 
     def answer(self, head: AnswerHead, data: bytes) -> None:
-        sink = cast("WholeSink | None", self._sink)
+        sink = self._sink
         if sink is not None:
             self._connection = self._sink = None  # already given back
             if self._deadline is not None:
                 self._deadline.cancel()
             sink.answer(head, data)
+
+    def chunk(self, framed: bytes, size: int) -> None:
+        sink = self._sink
+        if sink is not None:
+            sink.chunk(framed, size)
 
     def start(self, status: int, headers: Headers) -> None:
         self.head = self.body = b""  # the engine answers: they are not sent again, and a stream need not keep them

@@ -17,6 +17,7 @@ from broker.errors import PenstockError, UpstreamBroken
 from broker.keepalive import keep_alive
 from frontend.known_heads import KnownHeads
 from frontend.upstream.base import AnswerHead, Headers
+from frontend.upstream.http_chunk import chunk_size
 from frontend.upstream.http_response import ResponseReader
 
 JOIN_BYTES = 64 * 1024
@@ -35,6 +36,9 @@ class Exchange(Protocol):
 
     def answer(self, head: AnswerHead, data: bytes) -> None:
         """`start`, `write` and `finish` in one."""
+
+    def chunk(self, framed: bytes, size: int) -> None:
+        """`write` of a whole chunk."""
 
     def start(self, status: int, headers: Headers) -> None: ...
 
@@ -164,6 +168,11 @@ class Connection(asyncio.Protocol):
             return
         reader = self._reader
         if self._answered:
+            if reader.is_between and exchange.takes_whole and not exchange.paused and not reader.has_body:
+                size = chunk_size(data)
+                if size:  # past the reader, which goes on standing between two chunks
+                    exchange.chunk(data, size)
+                    return
             reader.feed(data)
         elif exchange.takes_whole and not exchange.paused and self._is_known(exchange, data):
             return

@@ -49,6 +49,7 @@ class ResponseReader:
         "complete",
         "error",
         "headers",
+        "is_between",
         "lines",
         "reusable",
         "status",
@@ -67,6 +68,8 @@ class ResponseReader:
         self.status = 0
         self.headers: Headers = []
         self.complete = False
+        self.is_between = False
+        """The parser stands between two chunks of the body."""
         self.reusable = False
         """After `complete`: nothing came after the response, and the engine keeps the connection open."""
         self.error: UpstreamBroken | None = None
@@ -191,7 +194,14 @@ class ResponseReader:
         self._dry_bytes = 0
         self._parts.append(body)
 
+    def on_chunk_header(self) -> None:
+        self.is_between = False
+
+    def on_chunk_complete(self) -> None:
+        self.is_between = True
+
     def on_message_complete(self) -> None:
+        self.is_between = False
         if self._interim:
             self._interim = False
         elif self.status and not self._ended:

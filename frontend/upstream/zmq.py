@@ -16,7 +16,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import zmq
@@ -32,8 +32,8 @@ from broker.errors import (
     WireError,
 )
 from broker.types import Instance
-from frontend.upstream.base import HOP_BY_HOP, Call, Headers, Sink, UpstreamRequest
-from frontend.upstream.zmq_call import ZmqCall
+from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, UpstreamRequest
+from frontend.upstream.zmq_call import JSON, ZmqCall
 from frontend.upstream.zmq_peers import MAX_MESSAGE_BYTES, Peer, Peers
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class ZmqUpstream:
         """Every call that has not heard its end, paused ones included."""
         self._ready: deque[ZmqCall] = deque()
         """Calls with something to deliver at the end of the turn."""
+        self.whole = AnswerHead([*JSON, (b"content-length", b"")])
         self._next_id = 0
         self._turn_due = False
         self._closed = False
@@ -95,7 +96,8 @@ class ZmqUpstream:
     def open(self, instance: Instance, request: UpstreamRequest, sink: Sink) -> Call:
         self._next_id += 1
         number = self._next_id
-        call = self._calls[number] = ZmqCall(number, sink, self, stream=request.stream, bound=self._bound)
+        heard: Any = sink
+        call = self._calls[number] = ZmqCall(number, heard, hasattr(sink, "answer"), self, request.stream, self._bound)
         try:
             if self._closed:
                 raise ConnectFailed("the frontend is closing")

@@ -15,7 +15,7 @@ import msgspec
 
 from broker.errors import UNDECODABLE, ClientTooSlow, PenstockError, UpstreamBroken
 from broker.wire import CHUNK, DONE, ERROR
-from frontend.upstream.base import Headers, Sink
+from frontend.upstream.base import AnswerHead, Headers, WholeSink
 
 SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
 JSON: Headers = [(b"content-type", b"application/json")]
@@ -23,6 +23,9 @@ JSON: Headers = [(b"content-type", b"application/json")]
 
 class Owner(Protocol):
     """What a call needs of its transport."""
+
+    whole: AnswerHead
+    """Of every unstreamed answer."""
 
     def deliver_soon(self, call: ZmqCall) -> None:
         """Calls `deliver` in a later turn of the loop."""
@@ -34,43 +37,27 @@ class Owner(Protocol):
         """It has ended and wants to hear no more."""
 
 
-class ZmqCall:
+class ZmqCall(msgspec.Struct, eq=False):
     """`Call` for whoever forwards. `_sink` is None once it has heard the end or wants to hear no more."""
 
-    __slots__ = (
-        "_bound",
-        "_done",
-        "_error",
-        "_held_bytes",
-        "_next",
-        "_owner",
-        "_parts",
-        "_paused",
-        "_sink",
-        "_started",
-        "_status",
-        "_stream",
-        "id",
-        "peer",
-    )
-
-    def __init__(self, number: int, sink: Sink, owner: Owner, *, stream: bool, bound: int) -> None:
-        """`bound`: bytes it may hold while paused."""
-        self.id = number
-        self.peer: object = None
-        """Whose deltas count; None until the request was sent."""
-        self._sink: Sink | None = sink
-        self._owner = owner
-        self._stream = stream
-        self._bound = bound
-        self._next = 0
-        self._parts: list[bytes] = []
-        self._held_bytes = 0
-        self._status = 200
-        self._started = False
-        self._paused = False
-        self._done = False
-        self._error: PenstockError | None = None
+    id: int
+    _sink: WholeSink | None
+    """At least a `Sink`; the whole of it if it `takes_whole`."""
+    _takes_whole: bool
+    _owner: Owner
+    _stream: bool
+    _bound: int
+    """Bytes it may hold while paused."""
+    peer: object = None
+    """Whose deltas count; None until the request was sent."""
+    _next: int = 0
+    _parts: list[bytes] = []
+    _held_bytes: int = 0
+    _status: int = 200
+    _started: bool = False
+    _paused: bool = False
+    _done: bool = False
+    _error: PenstockError | None = None
 
     def __repr__(self) -> str:
         if self._sink is None:
@@ -158,6 +145,11 @@ class ZmqCall:
         parts = self._parts
         if parts or (self._done and not self._started):
             if self._paused:
+                return
+            at_once = self._done and not self._started and not self._stream
+            if at_once and parts and self._status == 200 and self._takes_whole:
+                self._end()
+                sink.answer(self._owner.whole, parts[0] if len(parts) == 1 else b"".join(parts))
                 return
             if not self._started:
                 self._started = True
