@@ -67,7 +67,7 @@ def version() -> str:
         "dirty": "false",
         "vcsTime": "unknown",
     }
-    return "golang-router\n" + "".join(f"  {key}: {value}\n" for key, value in {**lines, "module": "penstock"}.items())
+    return "golang-router\n" + "".join(f"  {key + ':':<11}{value}\n" for key, value in {**lines, "module": "penstock"}.items())
 
 
 def main() -> None:
