@@ -14,6 +14,7 @@ from broker.lease import Lease, take
 from broker.narrator import Narrator
 from broker.scheduler.bulletin import Bulletin
 from broker.scheduler.registry import Member, Registry
+from broker.table import TableWriter
 from broker.types import Instance
 from tests.support.table import Run
 
@@ -28,6 +29,8 @@ class News:
         self.run = run
         self.counters = run.frontend(0)
         self.segment = attach_counters(run.path, run.config)
+        run.writer.close()
+        run.writer = TableWriter.attach(run.path, run.config)  # which the registry takes over
         self.registry = Registry(run.writer, config.build({}), run.clock())
         reader = CountersReader(self.segment)
         self.bulletin = Bulletin(self.registry, reader, Narrator(face, "scheduler"), SETTINGS, run.clock())
