@@ -26,7 +26,7 @@ from broker import wire
 from broker.config import Scheduler
 from broker.errors import ModelNotFound, NoInstance, QueueFull
 from broker.saturation import Saturation
-from broker.scheduler.lines import Ident, Pool, Ticket
+from broker.scheduler.lines import Ident, Peer, Pool, Ticket
 from broker.scheduler.queue import AdmissionQueue, Grant
 from broker.table import Column, QueueColumn, SchedulerEvent
 from broker.view import TableReader
@@ -39,9 +39,6 @@ HEED_NS = 2_000_000_000
 """A frontend that does not react to a grant for this long is stopped, or dead: its tickets leave the line."""
 PER_MESSAGE = 256
 """Answers of a kind in one message."""
-
-Peer = tuple[int, int]
-"""A frontend: row and life."""
 
 
 class Outlet(Protocol):
@@ -119,6 +116,8 @@ class Admission:
         """Set with `scheduler.name: global`, before anything is heard."""
         self.on_change: Callable[[], None] = lambda: None
         """Called after each sweep that found something in line, or nothing any more."""
+        self.yields: Callable[[int], bool] = lambda _: False
+        """Whether a place in that slot is set aside for another host's ticket, before one of ours gets it."""
         self._waited = False
         self._addresses: dict[Peer, bytes] = {}
         self._reserved: dict[Ident, _Reserved] = {}
@@ -218,8 +217,8 @@ class Admission:
         for ident in [ident for ident in self._reserved if ident[:2] == peer]:
             self._release(ident)
             self._count(SchedulerEvent.TICKETS_WITHDRAWN)
-        for ident in self._queue.idents:
-            if ident[:2] == peer and self._queue.withdraw(ident):
+        for ident in self._queue.idents(peer):
+            if self._queue.withdraw(ident):
                 self._count(SchedulerEvent.TICKETS_WITHDRAWN)
 
     # -- granting ------------------------------------------------------------------------------------------
@@ -236,6 +235,9 @@ class Admission:
         for steal in (False, True):
             for slot in rooms:
                 while rooms[slot] > 0:
+                    if self.yields(slot):
+                        rooms[slot] -= 1
+                        continue
                     grant = self._queue.grant(slot, serving[slot], now_ns, steal=steal)
                     if grant is None:
                         break

@@ -22,6 +22,8 @@ from broker.types import Role
 
 Pool = tuple[Role, str | None]
 """What tickets have in common that the same instances can serve: `TableReader.kind`."""
+Peer = tuple[int, int]
+"""A frontend: row and life."""
 Ident = tuple[int, int, int]
 """Row and life of the ticket's frontend, and its number there."""
 
@@ -62,18 +64,17 @@ class Ticket(NamedTuple):
 class Place:
     """A ticket in a line, or what is left of it there after it was withdrawn or granted."""
 
-    __slots__ = ("age_ns", "cost", "deadline_ns", "has_cached", "home", "ident", "lane", "line", "ticket", "waits")
+    __slots__ = ("age_ns", "cost", "has_cached", "line", "number", "siblings", "ticket", "waits")
 
-    def __init__(self, ticket: Ticket, home: Home, lane: Lane, line: Line, age_ns: int) -> None:
+    def __init__(self, ticket: Ticket, line: Line, siblings: dict[int, Place], age_ns: int) -> None:
         self.ticket = ticket
-        self.ident = ticket.ident
-        self.cost = ticket.cost_at(home.slot)
+        self.number = ticket.ident[2]
+        self.siblings = siblings
+        """All of the same frontend, by their numbers."""
+        self.cost = ticket.cost_at(line.home.slot)
         self.has_cached = bool(ticket.cached)
         self.age_ns = age_ns
         """When it began to wait, and later for each step of its priority below the highest."""
-        self.deadline_ns = ticket.deadline_ns
-        self.home = home
-        self.lane = lane
         self.line = line
         self.waits = True
 
@@ -87,7 +88,7 @@ class Place:
 
 
 by_age: Callable[[Place], int] = attrgetter("age_ns")
-by_deadline: Callable[[Place], int] = attrgetter("deadline_ns")
+by_deadline: Callable[[Place], int] = attrgetter("ticket.deadline_ns")
 
 
 class Sorted:
@@ -161,10 +162,12 @@ class Sorted:
 class Line:
     """The tickets of one fairness key."""
 
-    __slots__ = ("count", "credit", "key", "places")
+    __slots__ = ("count", "credit", "home", "key", "lane", "places")
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, lane: Lane, home: Home) -> None:
         self.key = key
+        self.lane = lane
+        self.home = home
         self.places = Sorted(by_age)
         self.count = 0
         self.credit = 0
@@ -208,14 +211,14 @@ class Home:
         self.count = 0
         self.tokens = 0
 
-    def enter(self, ticket: Ticket, age_ns: int) -> Place:
+    def enter(self, ticket: Ticket, siblings: dict[int, Place], age_ns: int) -> Place:
         lane = self.lanes.get(ticket.priority)
         if lane is None:
             lane = self.lanes[ticket.priority] = Lane()
         line = lane.lines.get(ticket.key)
         if line is None:
-            line = lane.lines[ticket.key] = Line(ticket.key)
-        place = Place(ticket, self, lane, line, age_ns)
+            line = lane.lines[ticket.key] = Line(ticket.key, lane, self)
+        place = Place(ticket, line, siblings, age_ns)
         lane.quantum = max(lane.quantum, place.cost)
         line.places.push(place)
         line.count += 1
@@ -231,8 +234,8 @@ class Home:
         self.count -= 1
         self.tokens -= place.cost
         if not line.count:
-            del place.lane.lines[line.key]
-            if not place.lane.lines:
+            del line.lane.lines[line.key]
+            if not line.lane.lines:
                 del self.lanes[place.ticket.priority]
 
     def turns(self) -> list[Place]:

@@ -35,7 +35,7 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from broker.errors import QueueFull
-from broker.scheduler.lines import Home, Ident, Place, Pool, Sorted, Ticket, by_age, by_deadline
+from broker.scheduler.lines import Home, Ident, Peer, Place, Pool, Sorted, Ticket, by_age, by_deadline
 
 VICTIMS = 4
 """Homes looked at per steal, those with the most waiting tokens first."""
@@ -80,7 +80,9 @@ class AdmissionQueue:
         self._max_tokens = max_tokens
         self._aging_ns = aging_ns
         self._token_ns = token_ns
-        self._places: dict[Ident, Place] = {}
+        # By frontend, then by number: numbers rise, so those that come one after the other lie side by side.
+        self._places: dict[Peer, dict[int, Place]] = {}
+        self._count = 0
         self._pools: dict[Pool, dict[int, Home]] = {}
         self._paces: dict[int, _Pace] = {}
         self._deadlines = Sorted(by_deadline)
@@ -89,10 +91,10 @@ class AdmissionQueue:
         """What all tickets cost at home."""
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._count
 
     def __contains__(self, ident: Ident) -> bool:
-        return ident in self._places
+        return self._place(ident) is not None
 
     def __repr__(self) -> str:
         homes = {(pool, slot): home.count for pool, homes in self._pools.items() for slot, home in homes.items()}
@@ -103,9 +105,9 @@ class AdmissionQueue:
         """Those in which tickets wait."""
         return self._pools.keys()
 
-    @property
-    def idents(self) -> list[Ident]:
-        return list(self._places)
+    def idents(self, peer: Peer) -> list[Ident]:
+        """Of the tickets of one frontend."""
+        return [place.ticket.ident for place in self._places.get(peer, {}).values()]
 
     def by_home(self) -> dict[int, tuple[int, int]]:
         """Tickets and tokens that wait, by the slot they prefer."""
@@ -132,27 +134,27 @@ class AdmissionQueue:
 
     def offer(self, ticket: Ticket, now_ns: int) -> None:
         """A request begins to wait; said again, nothing happens. Raises QueueFull, with the time to come again."""
-        if ticket.ident in self._places:
+        if ticket.ident in self:
             return
         tokens = self.tokens + ticket.cost_at(ticket.home)
-        if self._places and (len(self._places) >= self._max_tickets or tokens > self._max_tokens):
+        if self._count and (self._count >= self._max_tickets or tokens > self._max_tokens):
             raise QueueFull(
-                f"{len(self._places)} requests with {self.tokens} uncached prompt tokens are waiting already",
+                f"{self._count} requests with {self.tokens} uncached prompt tokens are waiting already",
                 retry_after_s=self._retry_after_s(now_ns),
             )
         self._enter(ticket, now_ns)
 
     def put_back(self, ticket: Ticket, now_ns: int) -> None:
         """A granted ticket that could not be taken: to its old place, next in turn if it was; bounds do not count."""
-        if ticket.ident in self._places:
+        if ticket.ident in self:
             return
         place = self._enter(ticket, now_ns)
         place.line.credit += place.cost
-        place.lane.lines.move_to_end(place.line.key, last=False)
+        place.line.lane.lines.move_to_end(place.line.key, last=False)
 
     def withdraw(self, ident: Ident) -> Ticket | None:
         """Its client left, or its frontend; None: it does not wait here."""
-        place = self._places.get(ident)
+        place = self._place(ident)
         if place is None:
             return None
         self._leave(place)
@@ -161,7 +163,7 @@ class AdmissionQueue:
     def expire(self, now_ns: int) -> list[Ticket]:
         """Removes those whose deadline has passed."""
         expired = []
-        while (place := self._deadlines.head()) is not None and place.deadline_ns <= now_ns:
+        while (place := self._deadlines.head()) is not None and place.ticket.deadline_ns <= now_ns:
             self._leave(place)
             expired.append(place.ticket)
         return expired
@@ -219,18 +221,22 @@ class AdmissionQueue:
     def _take(self, place: Place, slot: int, now_ns: int) -> Grant:
         place.line.credit -= place.cost
         self._leave(place)
-        if slot == place.home.slot:
+        if slot == place.line.home.slot:
             self._paces[slot].took(now_ns)
         return Grant(place.ticket, slot)
 
     def lend(self, ident: Ident) -> Ticket | None:
         """For an instance of another host: the ticket waits no more, and its line is charged. None: it is not here."""
-        place = self._places.get(ident)
+        place = self._place(ident)
         if place is None:
             return None
         place.line.credit -= place.cost
         self._leave(place)
         return place.ticket
+
+    def _place(self, ident: Ident) -> Place | None:
+        siblings = self._places.get(ident[:2])
+        return None if siblings is None else siblings.get(ident[2])
 
     # -- one place each ------------------------------------------------------------------------------------
 
@@ -245,15 +251,20 @@ class AdmissionQueue:
             else:
                 pace.since_ns = now_ns
         age_ns = ticket.offered_ns + ticket.priority * self._aging_ns
-        place = self._places[ticket.ident] = home.enter(ticket, age_ns)
+        siblings = self._places.setdefault(ticket.ident[:2], {})
+        place = siblings[ticket.ident[2]] = home.enter(ticket, siblings, age_ns)
+        self._count += 1
         self._deadlines.push(place)
         self._ages.push(place)
         self.tokens += place.cost
         return place
 
     def _leave(self, place: Place) -> None:
-        home = place.home
-        del self._places[place.ident]
+        home = place.line.home
+        del place.siblings[place.number]
+        if not place.siblings:
+            del self._places[place.ticket.ident[:2]]
+        self._count -= 1
         home.leave(place)
         self._deadlines.left()
         self._ages.left()
@@ -268,7 +279,7 @@ class AdmissionQueue:
     def _retry_after_s(self, now_ns: int) -> int:
         """About when the last of those that wait now will have been served."""
         rate = sum(1 / wait for pace in self._paces.values() if 0 < (wait := pace.expected_ns(now_ns)) < 1e15)
-        return max(1, min(60, round(len(self._places) / rate / 1e9))) if rate else 1
+        return max(1, min(60, round(self._count / rate / 1e9))) if rate else 1
 
 
 def _offered(place: Place) -> int:

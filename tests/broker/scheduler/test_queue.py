@@ -264,7 +264,7 @@ def test_tickets_that_nobody_serves_any_more_are_given_up() -> None:
     q = queue()
     offer(q, ticket(1), ticket(2, home=3), ticket(3, pool=OTHER))
     assert {each.ident[2] for each in q.rehome(POOL, (), 0)} == {1, 2}
-    assert [each[2] for each in q.idents] == [3]
+    assert [each[2] for each in q.idents((0, 1))] == [3]
 
 
 # -- bounds ------------------------------------------------------------------------------------------------
@@ -443,13 +443,13 @@ class Anything(RuleBasedStateMachine):
             assert not lost
             for each in concerned:
                 if each.home not in slots:
-                    moved = self.queue._places[each.ident].ticket
+                    moved = self.queue._places[each.ident[:2]][each.ident[2]].ticket
                     assert moved.home in slots
                     self.waiting[each.ident] = moved
 
     @invariant()
     def counts_are_true(self) -> None:
-        assert set(self.queue.idents) == set(self.waiting)
+        assert set(self.queue.idents((0, 1))) == set(self.waiting)
         assert len(self.queue) == len(self.waiting)
         assert self.queue.tokens == self.tokens
         homes: dict[int, tuple[int, int]] = {}
