@@ -88,7 +88,7 @@ class ZmqUpstream:
         self._turn_due = False
         self._closed = False
         self._fd = int(self._socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self._turn)
+        self._loop.add_reader(self._fd, self.turn_soon)  # one turn for what engines and clients bring at once
 
     def __repr__(self) -> str:
         return f"<ZmqUpstream peers={len(self._peers)} calls={len(self._calls)} dropped={self.dropped}>"
