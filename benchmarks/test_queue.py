@@ -172,3 +172,49 @@ def test_what_waiting_adds_at_one_host(benchmark: BenchmarkFixture, fleet: Fleet
     benchmark.extra_info["added_ms"] = (statistics.median(behind) - statistics.median(alone)) * 1e3
     print(benchmark.extra_info)
     assert len(behind) > 50
+
+
+BURST = 2000
+ENGINES = 2
+
+
+@pytest.mark.benchmark(group="queue-burst")
+def test_what_a_burst_of_tickets_costs(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    """As many requests at once as 2 engines of 4 places can take in 250 turns, beside the same at engines that take all.
+
+    Tickets, grants and leases of one turn of a loop travel together, so what a ticket costs is less than what one
+    message does. CPU of frontend and scheduler by request, from the first to the last byte.
+    """
+
+    def burst(capacity: int) -> dict[str, float]:
+        directory = tmp_path / str(capacity)
+        directory.mkdir()
+        with Fleet(directory, workers=1) as fleet:
+            for k in range(ENGINES):
+                fleet.engine(f"e{k}", "--transport", "zmq", "--capacity", str(capacity), "--speed", "1000")
+            fleet.await_instances(ENGINES)
+            processes = {name: fleet.process(name) for name in ("frontend-0", "scheduler")}
+
+            async def run() -> tuple[float, int]:
+                with Client(fleet.port) as client:
+                    began = time.perf_counter()
+                    sent = [await client.send("/v1/chat/completions", chat("Hi", max_tokens=1)) for _ in range(BURST)]
+                    await asyncio.gather(*(exchange.ended for exchange in sent))
+                    took = time.perf_counter() - began
+                    assert all(exchange.whole for exchange in sent)
+                    return took, sum("x-penstock-queue-ms" in exchange.headers for exchange in sent)
+
+            before = {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
+            took, waited = asyncio.run(run())
+            cpu = {name: sum(process.cpu_times()[:2]) - before[name] for name, process in processes.items()}
+        return {
+            "requests_per_s": round(BURST / took),
+            "waited": waited,
+            **{f"{name}_us_per_request": round(seconds / BURST * 1e6) for name, seconds in cpu.items()},
+        }
+
+    results = benchmark.pedantic(lambda: {"with_queue": burst(4), "without": burst(BURST)}, rounds=1)
+    benchmark.extra_info.update(results)
+    print(results)
+    assert results["with_queue"]["waited"] > BURST / 2
+    assert results["without"]["waited"] == 0
