@@ -75,7 +75,9 @@ class State(Enum):
     ENDED = 5
 
 
-_FLOWING = State.FLOWING  # looked at for every chunk; a member costs as much as the rest of the comparison
+# Looked at for every request or chunk, and a member of an enum costs more than what is done with it.
+_TRYING, _FLOWING, _ENDED, _DONE = State.TRYING, State.FLOWING, State.ENDED, Outcome.DONE
+_FIRST_TOKEN, _DURATION = Histogram.FIRST_TOKEN, Histogram.DURATION
 
 
 class Forward(msgspec.Struct, eq=False):
@@ -146,7 +148,7 @@ class Forward(msgspec.Struct, eq=False):
     def begin(self) -> None:
         """Chooses an instance and sends the request. Without one the sink hears `fail` before this returns."""
         shared = self._shared
-        self._state = State.TRYING
+        self._state = _TRYING
         self._began = shared.clock()
         shared.live.add(self)
         shared.counters.totals[_OPENED] += 1
@@ -319,8 +321,8 @@ class Forward(msgspec.Struct, eq=False):
         choice.lease.answered()
         if shared.dispatcher.breaker.suspects:
             shared.dispatcher.breaker.succeeded(choice.lease.slot)
-        shared.counters.observe(Histogram.FIRST_TOKEN, self._first_byte)
-        self._end(Outcome.DONE, now)
+        shared.counters.observe(_FIRST_TOKEN, self._first_byte)
+        self._end(_DONE, now)
         self._sink.answer(head, data)
 
     def fail(self, error: PenstockError) -> None:
@@ -338,7 +340,7 @@ class Forward(msgspec.Struct, eq=False):
     def _open(self, choice: Chosen) -> None:
         assert self._asked is not None
         shared = self._shared
-        self._state = State.TRYING
+        self._state = _TRYING
         self._choice = choice
         self._head = None
         self._attempts += 1
@@ -416,7 +418,7 @@ class Forward(msgspec.Struct, eq=False):
         self._choice.lease.answered()
         if self._status not in FAILED_STATUSES:
             shared.dispatcher.breaker.answers(self._choice.lease.slot)
-        shared.counters.observe(Histogram.FIRST_TOKEN, self._first_byte)
+        shared.counters.observe(_FIRST_TOKEN, self._first_byte)
         self._disarm()
         if shared.idle_s and self._call is not None:
             self._arm(shared.idle_s)
@@ -474,7 +476,7 @@ class Forward(msgspec.Struct, eq=False):
 
     def _end(self, outcome: Outcome, now: float | None = None) -> None:
         """`now`: if the caller knows it already."""
-        self._state = State.ENDED
+        self._state = _ENDED
         if self._timer is not None:
             self._disarm()
         shared, counters, choice = self._shared, self._shared.counters, self._choice
@@ -485,15 +487,17 @@ class Forward(msgspec.Struct, eq=False):
         if shared.decisions is not None:
             shared.decisions.keep(self.record(duration, outcome), asked=self._explains)
         if choice is not None:
-            counters.observe(Histogram.DURATION, duration)
-            if outcome is Outcome.BROKEN:
-                choice.lease.count(CounterColumn.BROKEN)
-            elif outcome is Outcome.GONE:
-                choice.lease.count(CounterColumn.GONE)
+            counters.observe(_DURATION, duration)
+            lease = choice.lease
+            if outcome is not _DONE:
+                if outcome is Outcome.BROKEN:
+                    lease.count(CounterColumn.BROKEN)
+                elif outcome is Outcome.GONE:
+                    lease.count(CounterColumn.GONE)
             counted = self._first_byte is not None or shared.face.counts_unanswered
-            if counted and len(choice.legs) > 1:
-                shared.pairings.count(choice.legs[0].instance.url, choice.lease, self._status)
-            choice.lease.close(status_column(self._status) if counted else None)
+            if counted and shared.pairs and len(choice.legs) > 1:
+                shared.pairings.count(choice.legs[0].instance.url, lease, self._status)
+            lease.close(status_column(self._status) if counted else None)
         if self._place is not None:
             place, self._place = self._place, None
             place.leave()
