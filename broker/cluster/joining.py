@@ -6,10 +6,10 @@ import socket
 from collections.abc import Callable
 
 from broker.cluster.borrowing import Borrowing
+from broker.cluster.here import Here
 from broker.cluster.lending import Lending
 from broker.cluster.locality import machine
 from broker.cluster.member import Member
-from broker.cluster.term import Here
 from broker.config import Config
 from broker.scheduler.admission import Admission
 from broker.table import SchedulerEvent, TableWriter
@@ -44,4 +44,5 @@ def member(
     )
     admission.abroad = own
     admission.on_change = joining.poke
+    admission.yields = joining.yields
     return joining

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -33,6 +33,9 @@ GRACE_NS = 1_000_000_000
 
 REST_NS = 5_000_000_000
 """An instance that failed a request of another host is not offered for so long: its own host may not know it yet."""
+
+
+_NONE: Mapping[int, int] = {}
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True, tag="note/1"):
@@ -91,21 +94,28 @@ class Lending:
 
     # -- what there is -------------------------------------------------------------------------------------
 
-    def places(self) -> list[Place]:
-        """Instances that could take requests of other hosts: with room, and none of our own waits for it."""
+    def places(self, aside: Mapping[int, int] = _NONE, own_waited_ms: int | None = None) -> list[Place]:
+        """Instances that could take requests of other hosts: with room, and none of our own waits for it.
+
+        Where places are set `aside`, by slot, it is those alone, and `own_waited_ms` what they cost our own.
+        """
         now_ns = self._clock()
-        found = []
         self._rests = {key: until_ns for key, until_ns in self._rests.items() if until_ns > now_ns}
+        found = []
         for entry in self._table.entries():
-            if entry.state is not State.READY or entry.instance.role is not Role.MIXED:
+            slot, instance = entry.slot, entry.instance
+            if entry.state is not State.READY or instance.role is not Role.MIXED:
                 continue
-            if self._saturation.is_held(entry.slot) or (entry.slot, entry.generation) in self._rests:
+            if (slot, entry.generation) in self._rests:
                 continue
-            room = self._room(entry.slot)
+            if aside:
+                room = aside.get(slot, 0)
+            else:
+                room = 0 if self._saturation.is_held(slot) else self._room(slot)
             if room > 0:
-                instance = entry.instance
                 machine = self._machine if is_local(instance.url) else None
-                found.append(Place(entry.slot, instance.role, instance.models, room, machine))
+                waited_ms = own_waited_ms if aside else None
+                found.append(Place(slot, instance.role, instance.models, room, machine, waited_ms))
         return found
 
     def _room(self, slot: int) -> int:

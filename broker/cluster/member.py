@@ -17,9 +17,11 @@ import time
 from dataclasses import replace
 
 from broker.cluster import records
+from broker.cluster.here import Here, Peer
+from broker.cluster.origin import MS
 from broker.cluster.records import ForeignRecord
 from broker.cluster.store import Store, StoreAway, TermOver
-from broker.cluster.term import MS, Here, Peer, Term
+from broker.cluster.term import Term
 from broker.table import Cell, ClusterState, SchedulerEvent
 
 logger = logging.getLogger("scheduler.cluster")
@@ -54,6 +56,10 @@ class Member:
         """The line has changed, or leases are to be returned."""
         if self._term is not None:
             self._term.poke()
+
+    def yields(self, slot: int) -> bool:
+        """Whether a place of ours is set aside for one who waits elsewhere, and has for much longer."""
+        return self._term is not None and self._term.yields(slot)
 
     def status(self) -> dict[str, object]:
         """For people."""
@@ -110,6 +116,7 @@ class Member:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            term.close()
             if self._term is not None:  # cancelled: this host leaves in order
                 with contextlib.suppress(StoreAway, TimeoutError):
                     async with asyncio.timeout(LEAVE_S):
