@@ -269,10 +269,12 @@ def echo(lines: Iterable[str]) -> None:
 def call(url: str | None, port: int, path: str, body: object = None) -> Any:
     """One admin request. Raises `ClickException` with what the server said."""
     address = (url or f"http://127.0.0.1:{port}").rstrip("/") + path
+    if "://" not in address:
+        address = f"http://{address}"
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(address, data=data, headers={"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
+        request = urllib.request.Request(address, data=data, headers={"Content-Type": "application/json"})
         with opener.open(request, timeout=10) as response:
             return json.load(response)
     except urllib.error.HTTPError as e:

@@ -20,9 +20,15 @@ from msgspec import Meta
 from broker.errors import ConfigError, ConfigMalformed, ConfigUnreadable, PortMissing
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Positive = Annotated[float, Meta(gt=0)]
-NotNegative = Annotated[float, Meta(ge=0)]
+_MOST = 1e9
+"""Of any number with a fraction. As a time it is 30 years; `.inf`, which neither timers nor JSON know, is beyond it."""
+Positive = Annotated[float, Meta(gt=0, le=_MOST)]
+NotNegative = Annotated[float, Meta(ge=0, le=_MOST)]
 Count = Annotated[int, Meta(ge=1)]
+
+UNUSABLE_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What the YAML reader raises: its own errors, and others' for 2024-13-45, which is no date, for bytes that are no
+text, and for a thousand brackets."""
 
 PolicyName = Literal[
     "random",
@@ -57,7 +63,7 @@ class Server(Section, frozen=True, forbid_unknown_fields=True):
     workers: Annotated[int, Meta(ge=1, le=1024)] = 2
     """Frontend processes."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
-    backlog: Count = 4096
+    backlog: Annotated[int, Meta(ge=1, le=65535)] = 4096
     drain_secs: NotNegative = 15.0
     """How long running streams may go on after SIGTERM."""
     decisions: Annotated[int, Meta(ge=0, le=1 << 20)] = 1024
@@ -154,8 +160,8 @@ class Shm(Section, frozen=True, forbid_unknown_fields=True):
     dir: str = "/dev/shm"
     frontends: Annotated[int, Meta(ge=1, le=1024)] = 64
     """Rows of counters: frontends that may live at once, swapped ones included."""
-    slots: Annotated[int, Meta(ge=1, le=65536)] = 1024
-    """Instances that may be registered at once, resting ones included."""
+    slots: Annotated[int, Meta(ge=1, le=32766)] = 1024
+    """Instances that may be registered at once, resting ones included; no more than the prefix index tells apart."""
     rest_secs: NotNegative = 30.0
     """A slot rests this long after its last request before another instance may have it."""
 
@@ -233,10 +239,11 @@ def load(
     """
     tree = prepare(_read(Path(path)) if path else {})
     for section, key in known():
-        text = env.get(f"PENSTOCK_{section}_{key}".upper().replace("-", "_"))
+        name = f"PENSTOCK_{section}_{key}".upper().replace("-", "_")
+        text = env.get(name)
         if text is not None:
             # A password of digits is one all the same.
-            _section(tree, section)[key] = text if (section, key) == ("scheduler", "password") else yaml.safe_load(text)
+            _section(tree, section)[key] = text if key == "password" else _value(text, name)
     for (section, key), value in flags.items():
         if value is not None:
             _section(tree, section)[key] = value
@@ -272,13 +279,20 @@ def _read(path: Path) -> Tree:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigUnreadable(f"cannot read the config file {path}: {e.strerror}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except UNUSABLE_YAML as e:
         raise ConfigMalformed(f"{path} is not valid YAML: {e}") from e
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigMalformed(f"{path}: the top level must be a mapping of sections")
     return cast("Tree", tree)
+
+
+def _value(text: str, name: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except UNUSABLE_YAML as e:
+        raise ConfigMalformed(f"{name} is not valid YAML: {e}") from e
 
 
 def _section(tree: Tree, name: str) -> Tree:

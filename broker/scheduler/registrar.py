@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 import yaml
 
-from broker.config import Config
+from broker.config import UNUSABLE_YAML, Config
 from broker.errors import PenstockError, Unhealthy
 from broker.faces import PENSTOCK, Event, face_of
 from broker.narrator import Narrator
@@ -173,7 +173,7 @@ def read_entries(
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         return [], [Unusable(str(path), str(e), event=Event.LIST_UNREADABLE)]
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except UNUSABLE_YAML as e:
         return [], [Unusable(str(path), str(e), event=Event.LIST_MALFORMED)]
     listed = (tree.get("instances") or []) if isinstance(tree, dict) else tree or []
     if not isinstance(listed, list) or listed is tree:

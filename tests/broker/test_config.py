@@ -105,7 +105,12 @@ def test_what_is_left_empty_takes_its_default(tmp_path: Path, text: str) -> None
         ("models: {aliases: [a]}", "$.models.aliases"),
         ("- a", "must be a mapping"),
         ("server: 1", "must be a mapping"),
+        ("server: {backlog: 10000000000}", "$.server.backlog"),
+        ("shm: {slots: 65536}", "$.shm.slots"),
+        ("timeouts: {idle-secs: .inf}", "$.timeouts.idle-secs"),
         ("a: [", "not valid YAML"),
+        ("server: {port: 2024-13-45}", "not valid YAML"),
+        pytest.param("a: " + "[" * 3000 + "]" * 3000, "not valid YAML", id="deep"),
     ],
 )
 def test_a_wrong_setting_stops_with_a_sentence_that_names_it(tmp_path: Path, text: str, said: str) -> None:
@@ -113,6 +118,12 @@ def test_a_wrong_setting_stops_with_a_sentence_that_names_it(tmp_path: Path, tex
         load(tmp_path, text)
     assert said in error.value.message
     assert "config.yaml" in error.value.message
+
+
+@pytest.mark.parametrize("text", ["[", "2024-13-45"])
+def test_an_environment_variable_that_is_no_yaml_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="PENSTOCK_SERVER_HOST is not valid YAML"):
+        config.load(None, {"PENSTOCK_SERVER_HOST": text}, {})
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

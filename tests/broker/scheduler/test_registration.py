@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from broker import wire
 from broker.errors import BadRegistration, MetadataTooLarge
+from broker.faces import Event
 from broker.scheduler.registrar import read_entries
 from broker.scheduler.registration import from_hello, parse, parse_body
 from broker.types import EngineKind, FastDeployFields, Instance, Role
@@ -401,3 +402,11 @@ def test_a_bad_hello_names_the_field(changes: dict[str, object], field: str) -> 
     with pytest.raises(BadRegistration) as caught:
         from_hello(hello(**changes), False)
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize("text", ["instances: [", "instances: [{port: 2024-13-45}]", "a: " + "[" * 3000, "\xff"])
+def test_a_list_that_is_no_yaml_is_said_to_be_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "register.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    entries, (unusable,) = read_entries(path, False)
+    assert (entries, unusable.where, unusable.event) == ([], str(path), Event.LIST_MALFORMED)
