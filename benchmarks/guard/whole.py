@@ -1,0 +1,162 @@
+"""A frontend without sockets: what a client sends comes in as bytes, and what engine and client get goes out as bytes.
+
+Everything in between is the product, put together as `frontend.app` does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import uvicorn
+import uvloop
+from uvicorn.server import ServerState
+
+from broker import batched
+from broker.types import EngineKind, Instance, Role
+from frontend.admission import Admission
+from frontend.api import Inference
+from frontend.breaker import Breaker
+from frontend.connection import Connection
+from frontend.dispatch import Dispatcher, make_policies
+from frontend.forwarder import Forwarder
+from frontend.idle import IdleConnections
+from frontend.lean import Lean
+from frontend.upstream.http import HttpUpstream
+from frontend.upstream.http_connection import Connection as EngineConnection
+from frontend.upstream.http_pool import Pool
+from tests.support.table import Run
+
+INSTANCES = 4
+TEXT = b"some words " * 85
+STREAMED = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}],"stream":true}' % TEXT
+WHOLE = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}]}' % TEXT
+
+
+def request(body: bytes) -> bytes:
+    """As `tools/loadgen.c` sends it."""
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nContent-Type: application/json\r\n"
+        b"Accept: */*\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+
+
+ANSWER_BODY = b'{"id":"1","choices":[{"message":{"content":"%s"}}],"usage":{"completion_tokens":64}}' % (b"token " * 64)
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+    len(ANSWER_BODY),
+    ANSWER_BODY,
+)
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+_EVENT = b'data: {"choices":[{"index":0,"delta":{"content":" token"},"finish_reason":null}]}\n\n'
+EVENT = b"%x\r\n%b\r\n" % (len(_EVENT), _EVENT)
+STREAM_END = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+
+
+class Transport:
+    """A network that takes everything at once; `sent` is what was written since it was looked at."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.write = self.sent.append
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def get_extra_info(self, name: str) -> Any:
+        return {"sockname": ("127.0.0.1", 80), "peername": ("127.0.0.1", 1)}.get(name)
+
+    def set_write_buffer_limits(self, high: int) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class Whole:
+    """One frontend, one client's connection, and one kept connection to each of its engines."""
+
+    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, policy: str = "round_robin") -> None:
+        self.loop = loop
+        self.run = Run(path, slots=64, frontends=4)
+        scheduler = msgspec.structs.replace(self.run.config.scheduler, policy=policy)
+        config = msgspec.structs.replace(self.run.config, scheduler=scheduler)
+        self.urls = [f"http://10.0.0.{i}:8000" for i in range(INSTANCES)]
+        for url in self.urls:
+            instance = Instance(url=url, models=("tiny",), role=Role.MIXED, engine=EngineKind.OPENAI)
+            self.run.writer.admit(instance, self.run.clock())
+        self.counters = self.run.frontend(0)
+        breaker = Breaker(config.upstream.breaker_failures, config.upstream.breaker_secs)
+        dispatcher = Dispatcher(self.run.reader, self.counters, make_policies(config, 0), breaker)
+        admission = Admission(config, self.run.reader, dispatcher, self.counters, 1, loop, lambda _: True)
+
+        async def transport() -> HttpUpstream:
+            return HttpUpstream(config)
+
+        self.http = loop.run_until_complete(transport())
+        self.forwarder = Forwarder(config, admission, self.counters, self.http, self.http, loop, time.monotonic)
+        inference = Inference(config, self.forwarder)
+        self.engines: list[tuple[EngineConnection, Transport]] = []
+        for url in self.urls:
+            self._connect_engine(url)
+        self.state = ServerState()
+        self.state.default_headers = [(b"date", b"Sun, 22 Nov 2026 08:00:00 GMT")]
+        uconfig = uvicorn.Config(cast("Any", inference), ws="none", lifespan="off", log_config=None, access_log=False)
+        uconfig.load()
+        idle = IdleConnections(loop, 75.0)
+        self.idle = idle
+        self.client = Transport()
+        self.connection = Connection(uconfig, self.state, {}, self.counters, idle, Lean(inference, self.state))
+        self.connection.connection_made(cast("asyncio.Transport", self.client))
+
+    def _connect_engine(self, url: str) -> None:
+        pool = self.http._pools.setdefault(url, Pool(url, 4096, self.loop))
+        connection = EngineConnection(pool, cast("Any", None), self.loop)
+        pool._connections.add(connection)
+        transport = Transport()
+        connection._transport = cast("asyncio.Transport", transport)
+        pool.spare(connection)
+        self.engines.append((connection, transport))
+
+    def ask(self, data: bytes) -> EngineConnection:
+        """The client sends a request; the connection to the engine that got it."""
+        self.connection.data_received(data)
+        for connection, transport in self.engines:
+            if transport.sent:
+                transport.sent.clear()
+                return connection
+        raise AssertionError(self.client.sent)
+
+    def heard(self) -> bytes:
+        data = b"".join(self.client.sent)
+        self.client.sent.clear()
+        return data
+
+    def close(self) -> None:
+        self.connection.connection_lost(None)
+        self.idle.close()
+        self.run.__exit__()
+
+
+@contextlib.contextmanager
+def frontend(path: Path, policy: str = "round_robin") -> Iterator[Whole]:
+    """Lines of the log are gathered as in service; the handlers are the caller's."""
+    loop = uvloop.new_event_loop()
+    batched.start(loop)
+    it = Whole(path, loop, policy)
+    try:
+        yield it
+    finally:
+        it.close()
+        batched.stop()
+        loop.close()
