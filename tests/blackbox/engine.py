@@ -106,8 +106,8 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     engine: Engine
 
-    def __init__(self, port: int) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__((host, port), Handler)
         self._open: set[socket.socket] = set()
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -134,7 +134,8 @@ Script = Callable[[Handler], None]
 class Engine:
     """Owned by a `Router`, which closes it."""
 
-    def __init__(self, role: str, fields: dict[str, object], port: int = 0) -> None:
+    def __init__(self, role: str, fields: dict[str, object], port: int = 0, host: str = "127.0.0.1") -> None:
+        """`host` 0.0.0.0: one server is as many engines as there are addresses of this machine's own."""
         self.lock = threading.Lock()
         self.asked: list[Asked] = []
         self.gets: list[str] = []
@@ -142,7 +143,7 @@ class Engine:
         """When the router gave up a request."""
         self.pages: dict[str, tuple[int, bytes]] = {"/health": (200, b"ok")}
         self.script: Script = answer
-        self._server = Server(port)
+        self._server = Server(host, port)
         self._server.engine = self
         self.port: int = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"

@@ -32,6 +32,24 @@ def test_a_request_is_told_with_its_tags_in_their_order(mixed: Router) -> None:
     assert SECRET not in mixed.log
 
 
+def test_every_request_is_told_whether_it_is_served_or_not(mixed: Router) -> None:
+    """Operators look for clients that ask for what is not there."""
+    for method, path, status in (
+        ("GET", "/v1/models", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("DELETE", "/v1/chat/completions", 404),
+        ("OPTIONS", "/", 404),
+        ("GET", "/registered?all=1", 200),
+        ("GET", "/metrics", 200),
+        ("POST", "/v1/chat/completions?own=2", 502),
+        ("POST", "/v1/abort_requests", 400),
+        ("POST", "/register", 400),
+    ):
+        assert mixed.ask(method, path, b"{}" if method == "POST" else None).status == status
+        line = rf"\[{method}\] {re.escape(path)} HTTP/1\.1 {status} {GO_DURATION} 127\.0\.0\.1"
+        mixed.await_line(rf"\[INFO\] .*: {line}", "out")
+
+
 def test_what_clients_call_themselves_cannot_forge_a_line(mixed: Router) -> None:
     mixed.engine()
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -25,13 +26,32 @@ def test_without_instances_the_router_says_so(mixed: Router) -> None:
     assert answer.headers["content-type"].startswith("application/json")
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"7", b"\xff", b'{"model"'])
-def test_what_is_no_json_object_is_refused_and_not_forwarded(mixed: Router, body: bytes) -> None:
+NO_OBJECT = "json: cannot unmarshal {} into Go value of type map[string]interface {{}}"
+BAD_BODIES = {
+    b"": "unexpected end of JSON input",
+    b"{": "unexpected end of JSON input",
+    b'{"model"': "unexpected end of JSON input",
+    b"\xff": "invalid character 'ÿ' looking for beginning of value",
+    b"{'model': 1}": "invalid character '\\'' looking for beginning of object key string",
+    b'{"model": "m",}': "invalid character '}' looking for beginning of object key string",
+    b'{"n": NaN}': "invalid character 'N' looking for beginning of value",
+    b'{"model": "m"} {': "invalid character '{' after top-level value",
+    b'{"s": "a\nb"}': "invalid character '\\n' in string literal",
+    b"[]": NO_OBJECT.format("array"),
+    b'"x"': NO_OBJECT.format("string"),
+    b"7": NO_OBJECT.format("number"),
+    b"true": NO_OBJECT.format("bool"),
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_what_is_no_json_object_is_refused_and_not_forwarded(mixed: Router, path: str) -> None:
     engine = mixed.engine()
-    answer = mixed.post(CHAT, body)
-    assert answer.status == 400
-    assert answer.json()["error"].startswith("Invalid JSON format: ")
-    assert answer.headers["content-type"].startswith("application/json")
+    for body, said in BAD_BODIES.items():
+        answer = mixed.post(path, body)
+        assert (answer.status, answer.json()) == (400, {"error": f"Invalid JSON format: {said}"})
+        assert answer.headers["content-type"].startswith("application/json")
+        mixed.await_line(rf"\[ERROR\] .*: Failed to unmarshal request JSON: {re.escape(said)}", "err")
     assert engine.asked == []
 
 

@@ -35,6 +35,23 @@ def test_without_a_pair_the_router_says_so_with_the_requests_id(pairs: Router) -
 
 
 @pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "unexpected end of JSON input"),
+        (b"[]", "json: cannot unmarshal array into Go value of type map[string]interface {}"),
+        (b"null", "the body is not a JSON object"),
+        (b'{"request_id": 5}', "'request_id' must be a string"),
+    ],
+)
+def test_what_no_pair_can_be_asked_is_refused(pairs: Router, body: bytes, said: str) -> None:
+    """The original panicked at the last two."""
+    engines = pair(pairs)
+    answer = pairs.post(CHAT, body)
+    assert (answer.status, answer.json()) == (400, {"error": f"Invalid JSON format: {said}"})
+    assert not any(engine.asked for engine in engines)
+
+
+@pytest.mark.parametrize(
     ("prefill", "decode", "expected"),
     [
         ({}, {}, {"decode_device_ids": None, "decode_rdma_ports": None, "transfer_protocol": "rdma"}),
@@ -103,18 +120,78 @@ def test_the_answer_names_the_pair_and_is_decodes(pairs: Router) -> None:
 
 
 @pytest.mark.parametrize("leg", ["prefill", "decode"])
-def test_a_dead_leg_is_said_at_once_and_the_other_is_given_up(pairs: Router, leg: str) -> None:
-    """The original noticed it only when the other leg answered."""
+@pytest.mark.parametrize("meanwhile", ["hangs", "answers"])
+def test_a_dead_leg_is_said_at_once_and_the_other_is_given_up(pairs: Router, leg: str, meanwhile: str) -> None:
+    """The original noticed it only when the other leg answered. Nobody is asked twice."""
     prefiller, decoder = pair(pairs)
     broken, other = (prefiller, decoder) if leg == "prefill" else (decoder, prefiller)
-    broken.script, other.script = scripts.reset, scripts.hang
+    broken.script, other.script = scripts.reset, scripts.hang if meanwhile == "hangs" else scripts.answer
     answer = pairs.chat(request_id="r1")
     assert answer.status == 502
     assert answer.json()["error"].startswith("Failed to connect to backend service: ")
     assert answer.json()["request_id"] == "r1"
     assert dict(answer.raw_headers)["X-Router-Prefill-Url"] == prefiller.url
-    until(lambda: len(other.cut) == len(other.asked), lambda: f"every attempt given up: {other}")
+    assert (len(broken.asked), len(other.asked)) == (1, 1)
+    if meanwhile == "hangs":
+        until(lambda: other.cut, lambda: f"given up: {other}")
+    own = r"\[ERROR\] .*: \[request_id:r1\] "
+    pairs.await_line(rf"{own}{leg.capitalize()} request failed for {broken.url}: .+", "err")
+    pairs.await_line(rf"{own}Failed to connect to backend service: .+", "err")
+    released = rf"\[INFO\] .*: \[request_id:r1\] release worker: {prefiller.url}, count: 0"
+    pairs.await_line(released, "out")
     until(lambda: sum(pairs_in_flight(pairs)) == 0, "nothing in flight")
+
+
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+def test_a_leg_that_nobody_listens_at_is_a_502(pairs: Router, leg: str) -> None:
+    prefiller, decoder = pair(pairs)
+    dead = prefiller if leg == "prefill" else decoder
+    dead.close()
+    answer = pairs.chat(request_id="r2")
+    assert (answer.status, answer.json()["request_id"]) == (502, "r2")
+    assert answer.json()["error"].startswith("Failed to connect to backend service: ")
+    pairs.engines.remove(dead)
+
+
+def test_another_pair_is_tried_where_there_is_one(pairs: Router) -> None:
+    """The original stayed with the pair that had failed. Engines are asked under another name the second time."""
+    broken, (well, decoder) = pairs.engine("prefill"), pair(pairs)
+    broken.script = scripts.reset
+    names: set[str] = set()
+    for _ in range(8):
+        assert pairs.chat(request_id="r3").status == 200
+    names = {asked.json()["request_id"] for engine in (well, decoder) for asked in engine.asked}
+    assert broken.asked
+    assert names == {"r3", "r3-retry1"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_answer_begins_when_both_have_their_headers(pairs: Router, stream: bool) -> None:
+    prefiller, decoder = pair(pairs)
+    go, times = threading.Event(), []
+
+    def prefill(handler: Handler) -> None:
+        if handler.until_cut(go):
+            times.append(time.monotonic())
+            handler.reply(200, b"{}")
+
+    prefiller.script = prefill
+    threading.Timer(0.5, go.set).start()
+    answer = pairs.chat(stream=stream)
+    assert answer.json()["from"] == decoder.port
+    assert times
+    assert time.monotonic() >= times[0]
+
+
+def test_what_decode_gives_back_is_started_anew_elsewhere(pairs: Router) -> None:
+    """As FastDeploy's Python router does; a stream has begun and ends as the engine ends it."""
+    _, full = pair(pairs)
+    given_back = b'{"choices":[{"finish_reason":"pd_reschedule"}]}'
+    full.script = scripts.refuse(200, given_back)
+    answer = pairs.chat()
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    roomy = pairs.engine("decode")
+    assert {pairs.chat().json()["from"] for _ in range(6)} == {roomy.port}
 
 
 @pytest.mark.parametrize("leg", ["prefill", "decode"])
@@ -174,13 +251,6 @@ def test_prefill_is_released_at_its_first_chunk_and_decode_at_the_end(pairs: Rou
         "after SelectWorker decode, before return",
     ):
         pairs.await_line(rf"{own}{line}\. ts_ms=\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{{3}}", "out")
-
-
-@pytest.mark.parametrize("body", [{}, {"req_ids": []}, {"abort_all": False}])
-def test_an_abort_of_nothing_is_refused(pairs: Router, body: dict[str, object]) -> None:
-    answer = pairs.post("/v1/abort_requests", body)
-    assert answer.status == 400
-    assert "must provide abort_all=true or req_ids" in json.dumps(answer.json())
 
 
 def test_an_abort_reaches_every_instance_once_with_the_clients_bytes(pairs: Router) -> None:
