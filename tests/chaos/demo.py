@@ -139,9 +139,7 @@ def _read(row: Row, queue: Any, metrics: str) -> None:
 async def show(hosts: Sequence[Host], seconds: float, stopping: threading.Event, console: Console) -> None:
     ports, until = [host.port for host in hosts], time.monotonic() + (seconds or float("inf"))
     plain_at = 0.0
-    async with Load(
-        ports, open=OPEN, share=BUSY_SHARE, words=WORDS, rng=random.Random(1), priorities=("normal",)
-    ) as load:
+    async with Load(ports, open=OPEN, share=BUSY_SHARE, words=WORDS, rng=random.Random(1)) as load:
         board = Board(hosts, load)
         with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
             while time.monotonic() < until and not stopping.is_set():

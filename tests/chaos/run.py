@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.chaos.blows import STREAMS, Blow, Blows
 from tests.chaos.hosts import Host, cluster
-from tests.chaos.load import Load
+from tests.chaos.load import Habits, Load
 from tests.chaos.verdict import Run, Verdict, judge
 from tests.support.redis import RedisServer
 from tests.support.waiting import until
@@ -21,6 +21,7 @@ OPEN = 70
 BUSY_SHARE = 0.7
 WORDS = 60
 """Mean length of an answer: 1.5 s at the speed of these engines."""
+HABITS = Habits(priorities=("high", "normal", "normal", "normal", "low"), leave=0.05, twins=0.05)
 FLAGS = ("--speed", "0.5")
 END_WITHIN = 120.0
 CALM_WITHIN = 30.0
@@ -53,7 +54,7 @@ def summary(blows: Sequence[Blow]) -> str:
 
 async def _storm(hosts: Sequence[Host], blows: Blows, rng: random.Random, seconds: float) -> Load:
     ports = [host.port for host in hosts]
-    async with Load(ports, open=OPEN, share=BUSY_SHARE, words=WORDS, rng=rng, is_up=blows.is_up) as load:
+    async with Load(ports, open=OPEN, share=BUSY_SHARE, words=WORDS, rng=rng, habits=HABITS, is_up=blows.is_up) as load:
         await blows.strike_for(seconds, load)
         await blows.repaired()
         await load.stop(END_WITHIN)
