@@ -198,7 +198,7 @@ def test_what_a_burst_of_tickets_costs(benchmark: BenchmarkFixture, tmp_path: Pa
             async def run() -> tuple[float, int]:
                 with Client(fleet.port) as client:
                     began = time.perf_counter()
-                    sent = [await client.send("/v1/chat/completions", chat("Hi", max_tokens=1)) for _ in range(BURST)]
+                    sent = [await client.send("/v1/chat/completions", chat("Hi", max_tokens=8)) for _ in range(BURST)]
                     await asyncio.gather(*(exchange.ended for exchange in sent))
                     took = time.perf_counter() - began
                     assert all(exchange.whole for exchange in sent)
@@ -216,5 +216,5 @@ def test_what_a_burst_of_tickets_costs(benchmark: BenchmarkFixture, tmp_path: Pa
     results = benchmark.pedantic(lambda: {"with_queue": burst(4), "without": burst(BURST)}, rounds=1)
     benchmark.extra_info.update(results)
     print(results)
-    assert results["with_queue"]["waited"] > BURST / 2
+    assert results["with_queue"]["waited"] > BURST / 4  # the rest came as places became free
     assert results["without"]["waited"] == 0
