@@ -116,7 +116,7 @@ def _missing(match: Match, depths: NDArray[np.int64]) -> Costs:
     if not deepest:
         return np.zeros(len(depths))
     # How many copies each of the leading blocks deserves; hotter blocks come first.
-    shares = (match.uses[:deepest] - 1.0) / (match.requests + UNSURE)
+    shares = (match.uses(deepest) - 1.0) / (match.requests + UNSURE)
     wanted = COPIES * len(depths) * shares
     hot = int(np.count_nonzero(wanted > 1.0))
     if not hot:  # one copy is enough of everything: the usual case

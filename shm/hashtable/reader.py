@@ -1,0 +1,109 @@
+"""The reading half of a table."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shm.hashtable.layout import (
+    COUNT_BITS,
+    COUNT_MASK,
+    COUNT_UNIT,
+    HORIZON,
+    WAY_BITS,
+    WAYS,
+    Table,
+    Vector,
+    bitmap,
+    bounds,
+    inline,
+)
+
+_NOT_ODD = np.int64(-2)
+_NONE = np.empty(0, dtype=np.int64)
+
+
+class Run(NamedTuple):
+    """Keys found one after another that have the same set; others may be missing in between."""
+
+    stop: int
+    """Behind the last of them, as an index into all keys."""
+    members: int
+    """The set as an integer: bit m is member m."""
+
+
+class Found(NamedTuple):
+    """What a table knows of the keys of a look-up."""
+
+    at: Vector
+    """Which of them are in the table, rising."""
+    runs: list[Run]
+    raw_uses: Vector
+    """Of each key found, as stored."""
+    tick: int
+    """Of the look-up."""
+
+    @property
+    def first_use(self) -> float:
+        """How often the first key found was used of late."""
+        if not len(self.at):
+            return 0.0
+        use: int = self.raw_uses.item(0)
+        return (use & COUNT_MASK) / COUNT_UNIT * math.exp(min((use >> COUNT_BITS) - self.tick, 0) / HORIZON)
+
+    def uses(self, count: int) -> NDArray[np.float64]:
+        """How often the first `count` keys found were used of late, faded to now."""
+        uses = self.raw_uses[:count]
+        age = np.maximum(self.tick - (uses >> COUNT_BITS), 0)
+        faded: NDArray[np.float64] = np.exp(age * (-1.0 / HORIZON))
+        faded *= uses & COUNT_MASK
+        faded *= 1.0 / COUNT_UNIT
+        return faded
+
+
+class TableReader(Table):
+    """For any process. Never waits, never retries, writes nothing."""
+
+    def find(self, keys: Vector) -> Found:
+        """Those of `keys` that are in the table, their sets in runs of equal ones, and their recent uses.
+
+        A key that is being moved at this moment counts as missing.
+
+        Measured for 512 keys of which 384 are there, in 7 runs: 19 us, of which the probe itself is 6.
+        """
+        buckets = keys & self._mask
+        before = self._sequence.take(buckets)
+        # The one place of each key, as an index into all of these rows: keys are never twice in a bucket.
+        hits = (self._keys.take(buckets, axis=0) == keys[:, None]).reshape(-1).nonzero()[0]
+        if not len(hits):
+            return Found(_NONE, [], _NONE, self.tick)
+        at = hits >> WAY_BITS
+        if len(at) < len(keys):
+            buckets, before = buckets.take(at), before.take(at)
+        places = (buckets << WAY_BITS) | (hits & (WAYS - 1))
+        words = self._members.take(places)
+        uses = self._uses.take(places)
+        ends = bounds(words)
+        sets = {word: self._set(word) for word in words.take(ends[:-1]).tolist()}
+        again = self._members.take(places) if min(sets) < 0 else words
+        after = self._sequence.take(buckets)
+        if again is not words or (before & _NOT_ODD).tobytes() != after.tobytes():
+            # A bitmap may have been another set's when it was loaded, a place another key's.
+            stood = (after == before) & (before & 1 == 0) & ((words >= 0) | (again == words))
+            if not stood.all():
+                at, words, uses = at[stood], words[stood], uses[stood]
+                if not len(at):
+                    return Found(_NONE, [], _NONE, self.tick)
+                ends = bounds(words)
+        lasts = at.take([end - 1 for end in ends[1:]])
+        kept = words.take(ends[:-1]).tolist()
+        runs = [Run(last + 1, sets[word]) for last, word in zip(lasts.tolist(), kept, strict=True)]
+        return Found(at, runs, uses, self.tick)
+
+    def _set(self, word: int) -> int:
+        if word >= 0:
+            return inline(word)
+        return int.from_bytes(self._pool[bitmap(word)].tobytes(), "little")
