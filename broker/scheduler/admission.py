@@ -231,13 +231,13 @@ class Admission:
             return
         serving = self._serving(now_ns)
         rooms = {slot: room for slot in serving if (room := self._saturation.opening(slot)) > 0}
+        for slot in rooms:
+            if self.yields(slot):  # one of each: room may have no end
+                rooms[slot] -= 1
         # Nobody steals what its own instance has room for.
         for steal in (False, True):
             for slot in rooms:
                 while rooms[slot] > 0:
-                    if self.yields(slot):
-                        rooms[slot] -= 1
-                        continue
                     grant = self._queue.grant(slot, serving[slot], now_ns, steal=steal)
                     if grant is None:
                         break

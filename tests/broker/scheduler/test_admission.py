@@ -116,6 +116,25 @@ def test_a_grant_reserves_its_place_until_the_lease_shows(queue: Queue) -> None:
     assert queue.granted() == [(0, 2, A)]
 
 
+def test_a_place_that_is_set_aside_for_another_host_is_not_granted(queue: Queue) -> None:
+    queue.admission.yields = lambda slot: slot == queue.slots[A]
+    queue.offer(0, 1, 2)
+    assert queue.granted() == [(0, 1, B)]
+    queue.admission.yields = lambda _: False
+    assert queue.granted() == [(0, 2, A)]
+
+
+def test_an_instance_without_a_limit_sets_one_place_aside_at_a_time(queue: Queue) -> None:
+    queue.settings = Scheduler()
+    queue.start()
+    queue.now += PATIENCE_NS
+    asked: list[int] = []
+    queue.admission.yields = lambda slot: not asked.append(slot)
+    queue.offer(0, 1)
+    assert [number for _, number, _ in queue.granted()] == [1]
+    assert sorted(asked) == sorted(queue.slots.values())
+
+
 def test_a_returned_ticket_stands_where_it_stood(queue: Queue) -> None:
     queue.fill()[A].close()
     queue.offer(0, 1)
