@@ -162,7 +162,7 @@ class Admission:
 
     # -- choosing ------------------------------------------------------------------------------------------
 
-    def choose(self, request: RouteRequest, tried: Collection[int], now: float) -> Choice:
+    def choose(self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int] = ()) -> Choice:
         """As the policy says, if there is room; else whatever has room, as the policy says.
 
         Raises `Saturated` where it can be waited for. A request that failed elsewhere does not wait again: it goes
@@ -173,12 +173,16 @@ class Admission:
         if self._waiting and not tried and not self._is_alive():
             # Nobody holds the instances for those in line but us.
             raise Saturated(self, next(iter(self._waiting.values())).home)
-        return self._choose(request, tried, now)
+        return self._choose(request, tried, now, unfit)
 
-    def _choose(self, request: RouteRequest, tried: Collection[int], now: float) -> Choice:
-        choice = self._dispatcher.choose(request, tried, now)
+    def complete(self, request: RouteRequest, now: float, unfit: Collection[int]) -> Choice:
+        """As `choose`, for one that has been granted another instance already: it has had its turn."""
+        return self._choose(request, (), now, unfit)
+
+    def _choose(self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int] = ()) -> Choice:
+        choice = self._dispatcher.choose(request, tried, now, unfit)
         if not tried and not self._fits(choice.lease.slot):
-            choice = self._another(request, choice, now)
+            choice = self._another(request, choice, now, unfit)
         choice.lease.on_close = self._closed
         return choice
 
@@ -199,7 +203,12 @@ class Admission:
             return False
         return not self._saturation.is_held(slot) or not self._is_alive()
 
-    def _another(self, request: RouteRequest, choice: Choice, now: float) -> Choice:
+    def give_back(self, choice: Choice) -> None:
+        """It was granted, and cannot be used: the next in line may have it."""
+        choice.lease.withdraw()
+        self._closed(choice.lease.slot)
+
+    def _another(self, request: RouteRequest, choice: Choice, now: float, never: Collection[int]) -> Choice:
         home, considered = choice.lease.slot, choice.considered
         broken = self.breaker.open_slots(now)
         for _ in range(ATTEMPTS):
@@ -209,6 +218,7 @@ class Admission:
             slots: list[int] = self._table.view(request.role, request.model).slots.tolist()
             unfit = {slot for slot in slots if self._saturation.room(slot) < 1}
             unfit |= {slot for slot in slots if held and self._saturation.is_held(slot)}
+            unfit.update(never)
             if not any(slot not in unfit and slot not in broken for slot in slots):
                 break
             choice = self._dispatcher.choose(request, (), now, unfit=unfit)

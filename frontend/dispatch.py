@@ -82,6 +82,7 @@ class Considered(msgspec.Struct, frozen=True):
     why: Why | None
     left_out: Collection[int]
     """Slots that had been tried, were suspected, or did not fit."""
+    role: Role
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -137,7 +138,7 @@ class Dispatcher:
             else:
                 view = table.view(request.role, request.model)
                 slot = policy.pick(request, view)
-                considered = Considered(view, policy.why, ())
+                considered = Considered(view, policy.why, (), request.role)
             generation = considered.view.generation(slot)
             lease = take(table, self._counters, slot, generation, policy.tokens(request, slot))
             if lease is not None:
@@ -184,12 +185,12 @@ class Dispatcher:
                     raise NoInstance(f"no {request.role.name.lower()} instance fits its counterpart")
                 left = [slot for slot in fit if slot not in tried]
                 if left:
-                    return Considered(view, None, avoid), self.breaker.least_bad(left)
+                    return Considered(view, None, avoid, request.role), self.breaker.least_bad(left)
                 if unfit:
                     view = self._table.view(request.role, request.model, avoid=unfit)
         policy = self._policies[request.role]
         slot = policy.pick(request, view)
-        return Considered(view, policy.why, avoid), slot
+        return Considered(view, policy.why, avoid, request.role), slot
 
 
 def make_policies(

@@ -42,21 +42,21 @@ class Way(NamedTuple):
     waited_s: float | None
     stolen_from: str | None
     rescued_from: str | None
-    considered: Considered | None
-    """By the last choice that a policy made."""
-    considered_at: float
+    considered: Mapping[Role, tuple[Considered, float]]
+    """By the last choice that the role's policy made, and when."""
 
 
 def way(steps: Sequence[Step]) -> Way:
-    tries, waited_s, considered_at = 0, None, 0.0
+    tries, waited_s = 0, None
     stolen_from: str | None = None
     rescued_from: str | None = None
     home: str | None = None
-    considered: Considered | None = None
+    considered: dict[Role, tuple[Considered, float]] = {}
     for step in steps:
         match step:
             case Queued():
-                considered, considered_at = step.considered, step.at
+                if step.considered is not None:
+                    considered[step.considered.role] = step.considered, step.at
             case Granted():
                 waited_s, home = step.waited_s, step.home
             case Rescued():
@@ -66,11 +66,11 @@ def way(steps: Sequence[Step]) -> Way:
                 if home not in (None, step.chosen.instance.url):
                     stolen_from = home
                 home = None
-                if (fresh := step.chosen.legs[-1].considered) is not None:
-                    considered, considered_at = fresh, step.at
+                fresh = [leg.considered for leg in step.chosen.legs if leg.considered is not None]
+                considered |= {each.role: (each, step.at) for each in fresh}
             case Failed():
                 pass
-    return Way(tries, waited_s, stolen_from, rescued_from, considered, considered_at)
+    return Way(tries, waited_s, stolen_from, rescued_from, considered)
 
 
 # -- the line ----------------------------------------------------------------------------------------------
@@ -83,9 +83,9 @@ def line(steps: Sequence[Step], policies: Policies) -> bytes:
     words = []
     legs = sent.chosen.legs
     for leg in legs:
-        considered = leg.considered or found.considered
+        considered, at = found.considered.get(leg.instance.role, (None, 0.0))
         numbers = _Numbers(considered, leg.lease.slot) if considered is not None else None
-        age_s = sent.at - found.considered_at
+        age_s = sent.at - at
         words += [
             f"{'instance' if len(legs) == 1 else leg.instance.role.name.lower()}={leg.instance.url}",
             f"policy={policies[leg.instance.role]}",
@@ -196,7 +196,7 @@ class Explainer:
                 return told | {"step": "sent"} | (legs[0] if len(legs) == 1 else {"legs": legs})
             case Queued(home=home, considered=considered):
                 told |= {"step": "queued", "home": self._url(home, None)}
-                return told | (self._considered(considered, Role.MIXED, home) if considered is not None else {})
+                return told | (self._considered(considered, home) if considered is not None else {})
             case Granted(waited_s=waited_s, home=url):
                 return told | {"step": "granted", "waited_ms": _rounded(waited_s), "home": url}
             case Failed(where=where, reason=reason):
@@ -207,11 +207,11 @@ class Explainer:
     def _leg(self, leg: Choice) -> Json:
         told: Json = {"instance": leg.instance.url}
         if leg.considered is not None:
-            told |= self._considered(leg.considered, leg.instance.role, leg.lease.slot)
+            told |= self._considered(leg.considered, leg.lease.slot)
         return told
 
-    def _considered(self, considered: Considered, role: Role, slot: int) -> Json:
-        seen, why = considered.view.seen, considered.why
+    def _considered(self, considered: Considered, slot: int) -> Json:
+        seen, why, role = considered.view.seen, considered.why, considered.role
         shown = _nearest(seen, None if why is None else why.scores, slot)
         return {
             "role": role.name.lower(),
