@@ -2,7 +2,7 @@
 
     a line changes --(10 ms at most)--> published --bell--> survey, plan -> offer -> collect, pick -> accept -> runs
 
-Each arrow after the bell is one round trip.
+Each arrow after the bell is one round trip. All other times are those of the product.
 """
 
 from __future__ import annotations
@@ -14,23 +14,14 @@ from random import Random
 from benchmarks.skew.host import POOL, TOKEN_NS, Host
 from benchmarks.skew.workload import Request
 from broker.cluster import borrowing
+from broker.cluster.origin import PUBLISH_S
 from broker.cluster.records import WINDOW, HostLoad, Place, TicketRecord
 from broker.cluster.stealing import is_elder, pick, plan
+from broker.cluster.thief import LOOK_S, MOST_OFFERS, RECENT_S, REFUSED_S, WATCH_S
 
 ROUND_TRIP_S = 0.001
 """To Redis and back, between processes that are busy."""
-PUBLISH_S = 0.010
-"""Between two publications of one host."""
-LOOK_S = 0.020
-"""How often a host looks whether it has room, while it knows that somebody waits."""
-BEAT_S = 1.0
-RECENT_S = 2 * BEAT_S
-"""A survey that old still tells whether elders wait elsewhere. One is taken at each beat at least."""
-REFUSED_S = 0.1
-"""Nothing is set aside for elders so soon after they did not want it."""
 MACHINE = "one"
-MOST = 64
-"""Offers of one plan."""
 TOKEN_MS = TOKEN_NS / 1e6
 
 
@@ -72,7 +63,7 @@ class Member:
         self._publishes = False
         self._looks_at = -1.0
         self._surveying = False
-        self._seen: tuple[float, list[HostLoad]] = -BEAT_S, []
+        self._seen: tuple[float, list[HostLoad]] = -WATCH_S, []
         self._aside: set[int] = set()
         """Slots with a place set aside for an elder, until it is offered."""
         self._refused_at = -REFUSED_S
@@ -128,7 +119,7 @@ class Member:
             self._world.at(self._looks_at, self.look)
 
     def look(self) -> None:
-        if not self._surveying and (self._places() or self._world.now - self._seen[0] >= BEAT_S):
+        if not self._surveying and (self._places() or self._world.now - self._seen[0] >= WATCH_S):
             self._surveying = True
             self._world.after(ROUND_TRIP_S, self._survey)
 
@@ -153,7 +144,9 @@ class Member:
             if name != self._name and said.tickets
         ]
         self._seen = self._world.now, hosts
-        thefts = plan(self._places(), hosts, min_load_score=self._min, token_ms=TOKEN_MS, most=MOST, rng=self._rng)
+        thefts = plan(
+            self._places(), hosts, min_load_score=self._min, token_ms=TOKEN_MS, most=MOST_OFFERS, rng=self._rng
+        )
         for theft in thefts:
             if theft.slot in self._aside:
                 self._aside.remove(theft.slot)
@@ -170,20 +163,18 @@ class Member:
         claims = self._redis.claims
         return tuple(t._replace(waited_ms=t.waited_ms + older_ms, claimed=(name, t.ident) in claims) for t in said.line)
 
-    def _yields(self, slot: int) -> bool:
+    def _yields(self, slot: int) -> None:
         """The last survey, as old as it is, shows one who waits much longer than ours: the place is set aside."""
         seen_at, hosts = self._seen
         now, own = self._world.now, self._own_waited_ms()
         if own is None or now - seen_at > RECENT_S or now - self._refused_at < REFUSED_S:
-            return False
+            return
         older_ms = round((now - seen_at) * 1e3)
         heads = [host.line[0].waited_ms + older_ms for host in hosts if host.line and host.tickets >= self._min]
-        if not heads or not is_elder(max(heads), own):
-            return False
-        self._host.reserved[slot] += 1
-        self._aside.add(slot)
-        self.look()
-        return True
+        if heads and is_elder(max(heads), own):
+            self._host.reserved[slot] += 1
+            self._aside.add(slot)
+            self.look()
 
     def _offer(self, slot: int, victim: str, ticket: TicketRecord) -> None:
         if (victim, ticket.ident) in self._redis.claims:

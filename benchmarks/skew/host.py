@@ -28,8 +28,8 @@ class Host:
         self.reserved = [0] * instances
         """Places that were offered to other hosts."""
         self.queue = AdmissionQueue(10**9, 10**15, AGING_NS, TOKEN_NS)
-        self.yields: Callable[[int], bool] = lambda slot: False
-        """Whether a place in this slot, which own tickets could have, is set aside for another host's."""
+        self.yields: Callable[[int], None] = lambda slot: None
+        """May set a place in this slot, which own tickets could have, aside for another host's."""
         self.on_change: Callable[[], None] = lambda: None
         """Told after each turn."""
         self._waiting: dict[int, Request] = {}
@@ -60,9 +60,12 @@ class Host:
 
     def sweep(self) -> None:
         """As the scheduler's: nobody steals what its own instance has room for."""
+        for slot in range(len(self.instances)):
+            if self.room(slot) > 0:
+                self.yields(slot)
         for steal in (False, True):
             for slot in range(len(self.instances)):
-                while self.room(slot) > 0 and not self.yields(slot):
+                while self.room(slot) > 0:
                     grant = self.queue.grant(slot, (POOL,), self.world.now_ns, steal=steal)
                     if grant is None:
                         break
