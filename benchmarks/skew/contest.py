@@ -156,4 +156,4 @@ def lines(workload: Workload, shape: str, table: Table) -> Iterable[str]:
         yield f"{name:20} {p50:8.3f} {p90:8.2f} {p99:8.2f} {end:6.0f} {stolen:6.0f} {each} {ratios}"
     simulated = fmean(o.mean_wait for o in table[IDEAL])
     closed = fmean(workload.mean_wait_s(load, workload.make(workload.shapes[shape], s)) for s in workload.seeds)
-    yield f"mean wait in the ideal line: {simulated:.2f} s; by Allen and Cunneen, too high for such tails: {closed:.2f} s"
+    yield f"mean wait in the ideal line {simulated:.2f} s; {closed:.2f} s by Allen and Cunneen, too much for such tails"
