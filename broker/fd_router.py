@@ -61,13 +61,14 @@ def parse(arguments: Sequence[str]) -> dict[str, str | bool]:
 
 
 def version() -> str:
-    lines = {
+    facts = {
         "version": importlib.metadata.version("penstock"),
         "commit": "unknown",
         "dirty": "false",
         "vcsTime": "unknown",
+        "module": "penstock",
     }
-    return "golang-router\n" + "".join(f"  {key + ':':<11}{value}\n" for key, value in {**lines, "module": "penstock"}.items())
+    return "golang-router\n" + "".join(f"  {name + ':':<11}{fact}\n" for name, fact in facts.items())
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from frontend.account import access, count_response
 from frontend.answer import Answer, send_error
 from frontend.forward import Forward
 from frontend.forwarder import Forwarder
+from frontend.line_ends import LineEnds
 from frontend.request_head import RequestHead, read_head, says_too_large
 from frontend.story import Stories, Story
 from frontend.upstream.base import UpstreamRequest, WholeSink
@@ -110,6 +111,8 @@ class Inference:
             route = RouteRequest(model=model, session=session, prompt=text, prompt_ids=ids, prompt_tokens=tokens)
         else:
             route = RouteRequest(session=head.session)
+        if stream and self.face.relays_lines:
+            sink = LineEnds(sink)
         shown = self.shown(ident)
         request = UpstreamRequest(
             path=head.target,

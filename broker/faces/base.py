@@ -145,6 +145,8 @@ class Face:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
+    relays_lines: bool
+    """Streams are passed on line by line, each ended by a single newline; else byte for byte."""
     checks_body: bool
     """`model` and `stream` of a wrong type are refused; else they are the engine's business."""
     estimate: Callable[[list[str], int], Estimate]

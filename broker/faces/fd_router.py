@@ -237,6 +237,7 @@ FD_ROUTER = Face(
     registered=Said(200, JSON, b'{"code":200,"msg":"Register success"}'),
     refused=refused,
     reason=reason,
+    relays_lines=True,
     checks_body=False,
     guards_transfer=False,
     compares_sizes=False,

@@ -82,6 +82,7 @@ PENSTOCK = Face(
     registered=Said(200, JSON, b'{"code":200,"msg":"Register success"}'),
     refused=refused,
     reason=lambda failure: failure.message,
+    relays_lines=False,
     checks_body=True,
     guards_transfer=True,
     compares_sizes=True,

@@ -112,22 +112,34 @@ def test_another_instance_is_tried_where_there_is_one(mixed: Router) -> None:
 
 
 @pytest.mark.parametrize(
-    "chunks",
+    ("chunks", "lines"),
     [
-        [b"data: 1\n\n", b"data: [DONE]\n\n"],
-        [b"data: a\r\n\r\n", b": comment\r\n\r\n"],
-        [b"data: no end"],
-        [b"data: " + b"x" * 300_000 + b"\n\n", b"\n\n\n"],
+        ([b"data: 1\n\n", b"data: [DONE]\n\n"], b"data: 1\n\ndata: [DONE]\n\n"),
+        ([b"data: a\r\n\r", b"\n: comment\r\n\r\n"], b"data: a\n\n: comment\n\n"),
+        ([b"data: no end"], b"data: no end\n"),
+        ([b"data: " + b"x" * 300_000 + b"\n\n", b"\n\n\n"], b"data: " + b"x" * 300_000 + b"\n\n\n\n\n"),
+        ([], b""),
     ],
-    ids=["events", "crlf", "unfinished", "long"],
+    ids=["events", "crlf", "unfinished", "long", "empty"],
 )
-def test_a_stream_passes_unchanged(mixed: Router, chunks: list[bytes]) -> None:
+def test_a_stream_passes_line_by_line(mixed: Router, chunks: list[bytes], lines: bytes) -> None:
     engine = mixed.engine()
     engine.script = scripts.stream(chunks)
     answer = mixed.chat(stream=True)
-    assert answer.body == b"".join(chunks)
+    assert answer.body == lines
     assert answer.headers["transfer-encoding"] == "chunked"
     assert answer.headers["content-type"] == "text/event-stream"
+
+
+def test_what_is_no_stream_passes_byte_for_byte(mixed: Router) -> None:
+    engine = mixed.engine()
+    engine.script = scripts.stream([b"a\r\n", b"b"])
+    assert mixed.chat().body == b"a\r\nb"
+    engine.script = scripts.refuse(200, b"a\r\nb")
+    assert mixed.chat(stream="true").body == b"a\r\nb"
+    answer = mixed.chat(stream=True)  # which the engine answers at once
+    assert answer.body == b"a\nb\n"
+    assert "content-length" not in answer.headers
 
 
 def test_each_event_is_flushed_at_once(mixed: Router) -> None:

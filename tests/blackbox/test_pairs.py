@@ -131,9 +131,10 @@ def test_a_dead_leg_is_said_at_once_and_the_other_is_given_up(pairs: Router, leg
     assert answer.json()["error"].startswith("Failed to connect to backend service: ")
     assert answer.json()["request_id"] == "r1"
     assert dict(answer.raw_headers)["X-Router-Prefill-Url"] == prefiller.url
-    assert (len(broken.asked), len(other.asked)) == (1, 1)
+    assert len(broken.asked) == 1
+    assert len(other.asked) <= 1  # it may have been given up before it was asked
     if meanwhile == "hangs":
-        until(lambda: other.cut, lambda: f"given up: {other}")
+        until(lambda: len(other.cut) == len(other.asked), lambda: f"given up: {other}")
     own = r"\[ERROR\] .*: \[request_id:r1\] "
     pairs.await_line(rf"{own}{leg.capitalize()} request failed for {broken.url}: .+", "err")
     pairs.await_line(rf"{own}Failed to connect to backend service: .+", "err")
