@@ -1,13 +1,17 @@
-"""Kills in random order, never waiting for what the last one broke."""
+"""Kills, and on demand freezes, in random order, never waiting for what the last one broke."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+import psutil
 
 from tests.chaos.hosts import RESTART_WITHIN, Host
 from tests.chaos.load import Load
@@ -27,10 +31,18 @@ class Kind(StrEnum):
     FRONTEND = "frontend"
     SCHEDULER = "scheduler"
     REDIS = "redis"
+    FROZEN_SCHEDULER = "frozen scheduler"
+    FROZEN_REDIS = "frozen redis"
 
 
+KILLS = (Kind.HOST, Kind.FRONTEND, Kind.SCHEDULER, Kind.REDIS)
+NO_HOST = (Kind.REDIS, Kind.FROZEN_REDIS)
 ROUND = (Kind.HOST, Kind.FRONTEND, Kind.FRONTEND, Kind.SCHEDULER, Kind.SCHEDULER, Kind.REDIS)
 """Shuffled, then dealt out: every kind comes in any minute."""
+FREEZES = (Kind.FROZEN_SCHEDULER, Kind.FROZEN_REDIS)
+"""Put among them on demand. Not dead, and back with all that it knew and believes: other faults than death brings."""
+FROZEN_S = (0.5, 9.0)
+"""Shorter and longer than any lease."""
 
 
 @dataclass
@@ -52,8 +64,15 @@ class Blows:
     """Strikes; owner of what is down. `say` gets a line for each blow."""
 
     def __init__(
-        self, redis: RedisServer, hosts: Sequence[Host], rng: random.Random, say: Callable[[str], None]
+        self,
+        redis: RedisServer,
+        hosts: Sequence[Host],
+        rng: random.Random,
+        say: Callable[[str], None],
+        *,
+        freezes: bool = False,
     ) -> None:
+        self._round = (*ROUND, *FREEZES) if freezes else ROUND
         self.struck: list[Blow] = []
         self._redis = redis
         self._hosts = hosts
@@ -97,6 +116,15 @@ class Blows:
                 self._redis_down = True
                 await asyncio.to_thread(self._rng.choice((self._redis.kill, self._redis.stop)))
                 repair = self._again_redis(blow)
+            case Kind.FROZEN_REDIS:
+                self._redis_down = True
+                assert self._redis.process is not None
+                self._redis.process.send_signal(signal.SIGSTOP)
+                repair = self._thaw_redis(blow)
+            case Kind.FROZEN_SCHEDULER:
+                scheduler = self._hosts[host].process("scheduler")
+                scheduler.suspend()
+                repair = self._thaw(blow, scheduler)
             case Kind.HOST:
                 self._down.add(host)
                 await asyncio.to_thread(self._hosts[host].kill_host)
@@ -107,7 +135,7 @@ class Blows:
                 repair = self._again_process(blow, name, pid)
         self._repairs.add(asyncio.create_task(repair))
         self._say(
-            f"{blow.at - self._began:6.1f} s  {len(self.struck):3}  {blow!s:12} {blow.streams:3} streams under way, "
+            f"{blow.at - self._began:6.1f} s  {len(self.struck):3}  {blow!s:18} {blow.streams:3} streams under way, "
             f"{waiting} waiting, {sum(exchange.whole for exchange in load.exchanges)} answered"
         )
 
@@ -115,9 +143,9 @@ class Blows:
         """What can be killed now: not what is down already."""
         while True:
             if not self._bag:
-                self._bag = self._rng.sample(ROUND, len(ROUND))
+                self._bag = self._rng.sample(self._round, len(self._round))
             kind = self._bag.pop()
-            if kind is Kind.REDIS:
+            if kind in NO_HOST:
                 if not self._redis_down:
                     return kind, -1
                 continue
@@ -130,7 +158,8 @@ class Blows:
 
     def _process(self, kind: Kind, host: int) -> str:
         """A living one of the kind; empty: none."""
-        names = sorted(name for name in self._hosts[host].processes() if name.startswith(kind))
+        prefix = kind.removeprefix("frozen ")
+        names = sorted(name for name in self._hosts[host].processes() if name.startswith(prefix))
         return self._rng.choice(names) if names else ""
 
     # -- what was killed comes back ------------------------------------------------------------------------
@@ -139,6 +168,19 @@ class Blows:
         await asyncio.sleep(self._rng.uniform(*REDIS_AWAY_S))  # a time without it is the point
         await asyncio.to_thread(self._redis.start)
         self._redis_down = False
+        blow.over = time.monotonic()
+
+    async def _thaw_redis(self, blow: Blow) -> None:
+        await asyncio.sleep(self._rng.uniform(*FROZEN_S))  # the time is the point
+        assert self._redis.process is not None
+        self._redis.process.send_signal(signal.SIGCONT)
+        self._redis_down = False
+        blow.over = time.monotonic()
+
+    async def _thaw(self, blow: Blow, process: psutil.Process) -> None:
+        await asyncio.sleep(self._rng.uniform(*FROZEN_S))  # the time is the point
+        with contextlib.suppress(psutil.NoSuchProcess):  # killed meanwhile
+            process.resume()
         blow.over = time.monotonic()
 
     async def _again_host(self, blow: Blow) -> None:

@@ -27,11 +27,13 @@ END_WITHIN = 120.0
 CALM_WITHIN = 30.0
 
 
-def chaos(root: Path, seconds: float, seed: int, say: Callable[[str], None]) -> tuple[Verdict, list[Blow]]:
+def chaos(
+    root: Path, seconds: float, seed: int, say: Callable[[str], None], *, freezes: bool = False
+) -> tuple[Verdict, list[Blow]]:
     """Raises AssertionError when something does not come back or calm down; else see the verdict's failures."""
     rng = random.Random(seed)
     with cluster(root, hosts=HOSTS, engines=ENGINES, capacity=CAPACITY, flags=FLAGS) as (redis, hosts):
-        blows = Blows(redis, hosts, rng, say)
+        blows = Blows(redis, hosts, rng, say, freezes=freezes)
         load = asyncio.run(_storm(hosts, blows, rng, seconds))
         calm(redis, hosts)
         runs: dict[str, list[Run]] = defaultdict(list)
@@ -43,7 +45,7 @@ def chaos(root: Path, seconds: float, seed: int, say: Callable[[str], None]) -> 
     for blow in blows.struck:
         if blow.streams < STREAMS:
             verdict.failures.append(f"{blow} fell on {blow.streams} streams only")
-    for line in (f"{len(blows.struck)} kills: {summary(blows.struck)}", *verdict.lines()):
+    for line in (f"{len(blows.struck)} blows: {summary(blows.struck)}", *verdict.lines()):
         say(line)
     return verdict, blows.struck
 

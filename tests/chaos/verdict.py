@@ -21,6 +21,10 @@ AGAIN_S = 4.0
 """After a scheduler is there again, until all that wait are in its line."""
 
 
+UNRULY = (Kind.HOST, Kind.SCHEDULER, Kind.FROZEN_SCHEDULER)
+"""Without a scheduler each frontend serves its own in order."""
+
+
 class Run(NamedTuple):
     """One request at one engine, by the engine's ledger."""
 
@@ -130,7 +134,7 @@ def _order(
 
     While a host has no scheduler each of its frontends serves its own in order; the two are not compared then.
     """
-    unruly = [blow for blow in blows if blow.host == host and blow.kind in (Kind.HOST, Kind.SCHEDULER)]
+    unruly = [blow for blow in blows if blow.host == host and blow.kind in UNRULY]
     lines: dict[tuple[str, str], list[Exchange]] = defaultdict(list)
     for exchange in exchanges:
         said = decision(exchange)
