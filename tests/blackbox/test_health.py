@@ -43,6 +43,8 @@ def test_thresholds_are_probes_in_a_row_and_heartbeats_are_probed(tmp_path: Path
         assert answer.body.decode() == f'{{"code":503,"msg":"{engine.url} service is not healthy"}}'
         assert engine.probes() == 6
         assert router.numbers()["mixed"] == 1  # a heartbeat that fails takes nobody out
+        assert router.get("/health_generate").status == 200
+        assert engine.probes() == 6  # which is for pairs alone
         assert router.metric("go_goroutines") == {}
         assert set(engine.gets) == {"/health"}  # nothing else is asked of an engine
 
