@@ -175,13 +175,21 @@ class Admission:
             raise Saturated(self, next(iter(self._waiting.values())).home)
         return self._choose(request, tried, now, unfit)
 
-    def complete(self, request: RouteRequest, now: float, unfit: Collection[int]) -> Choice:
-        """As `choose`, for one that has been granted another instance already: it has had its turn."""
-        return self._choose(request, (), now, unfit)
+    def complete(self, request: RouteRequest, now: float, unfit: Collection[int], *, full: bool) -> Choice:
+        """As `choose`, for one that has been granted its other leg: it has had its turn. `full`: room or not."""
+        return self._choose(request, (), now, unfit, full=full)
 
-    def _choose(self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int] = ()) -> Choice:
+    def _choose(
+        self,
+        request: RouteRequest,
+        tried: Collection[int],
+        now: float,
+        unfit: Collection[int] = (),
+        *,
+        full: bool = False,
+    ) -> Choice:
         choice = self._dispatcher.choose(request, tried, now, unfit)
-        if not tried and not self._fits(choice.lease.slot):
+        if not tried and not full and not self._fits(choice.lease.slot):
             choice = self._another(request, choice, now, unfit)
         choice.lease.on_close = self._closed
         return choice

@@ -140,7 +140,9 @@ async def serve(
         stack.callback(admission.close)
         control.on_grants = admission.hear
         line = admission if face.queues else dispatcher
-        chooser: Chooser = Pairer.over(table, dispatcher, loop, config) if config.server.splitwise else line
+        chooser: Chooser = line
+        if config.server.splitwise:
+            chooser = Pairer.over(table, dispatcher, loop, config, admission if face.queues else None)
         forwarder = Forwarder(config, chooser, counters, http, native, loop)
         control.end_requests = forwarder.end_requests
         control.explain = Explainer(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping
 from random import Random, SystemRandom
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -19,10 +19,13 @@ from broker.errors import NoInstance, PenstockError
 from broker.faces import face_of
 from broker.lease import Lease
 from broker.types import Connector, Instance, Role, RouteRequest
+from frontend.admission import Admission
 from frontend.dispatch import TAKES, Choice, Chosen, Dispatcher
 from frontend.paircall import PairCall
+from frontend.pairline import LegLine, NoRoom
 from frontend.partners import Fleet, Partners
 from frontend.upstream.base import Call, Sink, Upstream, UpstreamRequest
+from frontend.waiting import Saturated
 
 
 class Terms(NamedTuple):
@@ -51,6 +54,14 @@ class Terms(NamedTuple):
         )
 
 
+class Legs(Protocol):
+    """Who chooses single instances: a `Dispatcher`, or an `Admission` that looks whether they have room."""
+
+    def choose(
+        self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int] = ()
+    ) -> Choice: ...
+
+
 class Pairer:
     """Chooses prefill and decode, in this order. Owned by the frontend's process."""
 
@@ -62,45 +73,109 @@ class Pairer:
         rng: Random,
         loop: asyncio.AbstractEventLoop,
         terms: Terms | None = None,
+        line: Admission | None = None,
     ) -> None:
+        """`line`: where requests stand that find no room; without one, they wait in the engines."""
         self.breaker = dispatcher.breaker
         self.rng = rng
         self.loop = loop
         self.terms = terms or Terms()
         self._dispatcher = dispatcher
+        self._legs: Legs = line or dispatcher
+        self._admission = line
+        self._lines = {role: LegLine(self, role) for role in (Role.PREFILL, Role.DECODE)}
         self._partners = partners
         self._pairings = pairings
 
     @classmethod
-    def over(cls, fleet: Fleet, dispatcher: Dispatcher, loop: asyncio.AbstractEventLoop, config: Config) -> Pairer:
+    def over(
+        cls,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        loop: asyncio.AbstractEventLoop,
+        config: Config,
+        line: Admission | None = None,
+    ) -> Pairer:
         """As a frontend needs it. Rooms and ids come from the system: another frontend must not draw the same."""
         found = PAIRINGS if face_of(config).compares_sizes else pairings(any_tp=True)
-        return cls(dispatcher, Partners(fleet, found), found, SystemRandom(), loop, Terms.of(config))
+        return cls(dispatcher, Partners(fleet, found), found, SystemRandom(), loop, Terms.of(config), line)
 
     def choose(self, request: RouteRequest, tried: Collection[int], now: float) -> PairChoice:
-        """Two leases at once, or none. Raises as `Dispatcher.choose`."""
+        """Two leases at once, or none. Raises as `Dispatcher.choose`; `Saturated` where there is a line."""
+        return self._choose(self._legs, request, tried, now)
+
+    def _choose(self, legs: Legs, request: RouteRequest, tried: Collection[int], now: float) -> PairChoice:
         for _ in range(TAKES):
             # Every time anew: what was found not to fit may have been another membership.
             lonely = self._partners.lonely()
-            prefill = self._dispatcher.choose(_prefill(request), tried, now, lonely)
+            try:
+                prefill = legs.choose(_prefill(request), tried, now, lonely)
+            except Saturated as full:
+                raise NoRoom(self._lines[Role.PREFILL], full) from None
             try:
                 unfit = self._partners.unfit(prefill.lease.slot)
-                decode = self._dispatcher.choose(_decode(request), tried, now, unfit)
+                decode = legs.choose(_decode(request), tried, now, unfit)
+            except Saturated as full:
+                self._give_back(prefill)
+                raise NoRoom(self._lines[Role.DECODE], full) from None
             except BaseException:
-                prefill.lease.close()
+                self._give_back(prefill)
                 raise
             if not self.terms.repeats and not {prefill.lease.slot, decode.lease.slot}.isdisjoint(tried):
                 reason = "there is no other pair"
             elif not fits_together(traits(prefill.instance), traits(decode.instance), self._pairings):
                 reason = ""
             else:
-                pairing = self._pairings[connector_of(prefill.instance)]
-                return PairChoice(self, pairing, prefill, decode, len(tried))
-            prefill.lease.withdraw()
-            decode.lease.withdraw()
+                return self._pair(prefill, decode, len(tried))
+            self._give_back(prefill)
+            self._give_back(decode)
             if reason:
                 raise NoInstance(reason)
         raise NoInstance("instances come and go faster than a pair can be found; try again")
+
+    # -- of those in line --------------------------------------------------------------------------------------
+
+    @property
+    def line(self) -> Admission:
+        """Of single legs."""
+        assert self._admission is not None, "nobody waits where there is no line"
+        return self._admission
+
+    def asked(self, request: RouteRequest, role: Role) -> RouteRequest:
+        return _prefill(request) if role is Role.PREFILL else _decode(request)
+
+    def complete(self, request: RouteRequest, leg: Choice, now: float, *, full: bool) -> PairChoice:
+        """The pair of a leg that was granted; without room for its partner, or a partner, the leg is given back."""
+        self._partners.lonely()
+        other = Role.DECODE if leg.instance.role is Role.PREFILL else Role.PREFILL
+        find = self._partners.unfit if other is Role.DECODE else self._partners.strangers
+        unfit = find(leg.lease.slot)
+        try:
+            partner = self.line.complete(self.asked(request, other), now, unfit, full=full)
+        except Saturated as saturated:
+            self._give_back(leg)
+            raise NoRoom(self._lines[other], saturated) from None
+        except NoInstance:  # nobody fits it: another leg may do
+            self._give_back(leg)
+            return self._choose(self._dispatcher if full else self._legs, request, (), now)
+        except BaseException:
+            self._give_back(leg)
+            raise
+        prefill, decode = (leg, partner) if other is Role.DECODE else (partner, leg)
+        if fits_together(traits(prefill.instance), traits(decode.instance), self._pairings):
+            return self._pair(prefill, decode, 0)
+        self._give_back(prefill)
+        self._give_back(decode)
+        return self._choose(self._dispatcher if full else self._legs, request, (), now)
+
+    def _pair(self, prefill: Choice, decode: Choice, given_up: int) -> PairChoice:
+        return PairChoice(self, self._pairings[connector_of(prefill.instance)], prefill, decode, given_up)
+
+    def _give_back(self, leg: Choice) -> None:
+        if self._admission is not None:
+            self._admission.give_back(leg)
+        else:
+            leg.lease.withdraw()
 
     def placed(self, request: RouteRequest, chosen: Chosen) -> None:
         for asked, leg in zip((_prefill(request), _decode(request)), chosen.legs, strict=True):

@@ -49,6 +49,11 @@ class Partners:
         found = self._traits.get(prefill)
         return frozenset() if found is None else self._unfit[found]
 
+    def strangers(self, decode: int) -> Slots:
+        """Prefill slots that do not fit that decode slot, as of the last `lonely`."""
+        apart = {kind for kind, slots in self._unfit.items() if decode in slots}
+        return frozenset(slot for slot, kind in self._traits.items() if kind in apart and slot != decode)
+
     def _compare(self, entries: list[Entry]) -> None:
         kinds: dict[Role, dict[Traits, list[int]]] = {Role.PREFILL: {}, Role.DECODE: {}}
         self._traits = {}

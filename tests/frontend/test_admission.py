@@ -33,6 +33,9 @@ class Turns:
         self._time = frontend.time
         self._soon: list[Any] = []
 
+    def time(self) -> float:
+        return self._time.time()
+
     def call_soon(self, call: Any, *arguments: object) -> None:
         self._soon.append((call, arguments))
 
