@@ -95,6 +95,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
         super().connection_made(transport)
+        self.write = transport.write
         if self._bound < PAUSE_AT:  # which is the transports' own
             transport.set_write_buffer_limits(high=self._bound)
         self._counters.count(TotalColumn.CONNECTIONS_OPENED)
@@ -275,7 +276,7 @@ class Connection(HttpToolsProtocol):
                 if running.is_ready:  # refused: whether its body will follow nobody knows
                     running.keep_alive = False
                 elif self.parser.get_http_version() == "1.1":
-                    self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._go_on(running)
         else:
             super()._start_asgi_task(cycle, app)
@@ -342,9 +343,6 @@ class Connection(HttpToolsProtocol):
     @property
     def peer(self) -> str:
         return self.client[0] if self.client else ""
-
-    def send(self, data: bytes) -> None:
-        self.transport.write(data)
 
     def close(self) -> None:
         self.transport.close()
@@ -423,7 +421,7 @@ class Connection(HttpToolsProtocol):
         lines = [STATUS_LINE[status]]
         for name, value in (*self.server_state.default_headers, *found, (b"connection", b"close")):
             lines += (name, b": ", value, b"\r\n")
-        self.send(b"".join((*lines, b"\r\n", data)))
+        self.write(b"".join((*lines, b"\r\n", data)))
         self.close()
 
 

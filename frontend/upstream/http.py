@@ -147,10 +147,9 @@ class HttpCall(msgspec.Struct, eq=False):
                 self._deadline.cancel()
             sink.answer(head, data)
 
-    def chunk(self, framed: bytes, size: int) -> None:
-        sink = self._sink
-        if sink is not None:
-            sink.chunk(framed, size)
+    @property
+    def stream(self) -> WholeSink | None:
+        return self._sink if self.takes_whole else None
 
     def start(self, status: int, headers: Headers) -> None:
         self.head = self.body = b""  # the engine answers: they are not sent again, and a stream need not keep them

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 from broker.errors import PenstockError, UpstreamBroken
 from broker.keepalive import keep_alive
 from frontend.known_heads import KnownHeads
-from frontend.upstream.base import AnswerHead, Headers
+from frontend.upstream.base import AnswerHead, Headers, WholeSink
 from frontend.upstream.http_chunk import chunk_size
 from frontend.upstream.http_response import ResponseReader
 
@@ -37,8 +37,9 @@ class Exchange(Protocol):
     def answer(self, head: AnswerHead, data: bytes) -> None:
         """`start`, `write` and `finish` in one."""
 
-    def chunk(self, framed: bytes, size: int) -> None:
-        """`write` of a whole chunk."""
+    @property
+    def stream(self) -> WholeSink | None:
+        """Who takes whole chunks in its place."""
 
     def start(self, status: int, headers: Headers) -> None: ...
 
@@ -74,6 +75,7 @@ class Connection(asyncio.Protocol):
         "_owner",
         "_reader",
         "_started",
+        "_stream",
         "_transport",
         "_used",
         "dial",
@@ -88,6 +90,8 @@ class Connection(asyncio.Protocol):
         self._loop = loop
         self._transport: asyncio.Transport | None = None
         self._reader = ResponseReader()
+        self._stream: WholeSink | None = None
+        """Gets whole chunks as they come, past the reader, which stands between two; None: all goes through it."""
         self._started = False
         self._answered = False
         self._used = False
@@ -129,6 +133,7 @@ class Connection(asyncio.Protocol):
             transport.pause_reading()
 
     def pause(self) -> None:
+        self._stream = None
         if self._transport is not None:
             self._transport.pause_reading()
 
@@ -140,7 +145,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Gives the connection up at once, unsent and unread bytes included; nobody hears of it but the pool."""
-        self.exchange = None
+        self.exchange = self._stream = None
         if self._closed:
             self._gone()
         elif self._transport is not None:
@@ -162,17 +167,18 @@ class Connection(asyncio.Protocol):
             self.send(self.exchange)
 
     def data_received(self, data: bytes) -> None:
+        if self._stream is not None:
+            size = chunk_size(data)
+            if size:
+                self._stream.chunk(data, size)
+                return
+            self._stream = None
         exchange = self.exchange
         if exchange is None:  # an idle engine has nothing to say: whatever this is, it answers no request
             self.abort()
             return
         reader = self._reader
         if self._answered:
-            if reader.is_between and exchange.takes_whole and not exchange.paused and not reader.has_body:
-                size = chunk_size(data)
-                if size:  # past the reader, which goes on standing between two chunks
-                    exchange.chunk(data, size)
-                    return
             reader.feed(data)
         elif exchange.takes_whole and not exchange.paused and self._is_known(exchange, data):
             return
@@ -247,6 +253,8 @@ class Connection(asyncio.Protocol):
         elif reader.error is not None:
             self.abort()
             exchange.fail(reader.error)
+        elif reader.is_between and not exchange.paused:
+            self._stream = exchange.stream
 
     def _release(self, exchange: Exchange) -> None:
         """The response is whole: the connection is spare if both sides agree where it ended, else closed."""
