@@ -90,7 +90,9 @@ class Collector:
     async def _join(self, registration: Registration, quiet: bool) -> Instance:
         url = registration.instance.url
         first = await self._get(url + self._manager.health_check_endpoint, quiet=quiet)
-        if first is None or first.status not in (200, 404):  # what 404 means is known when the kind is
+        # What 404 means is known when the kind is.
+        fit = (200, 404) if registration.engine in (None, EngineKind.OPENAI) else (200,)
+        if first is None or first.status not in fit:
             raise self._unhealthy(url, first)
         complete = registration.engine is not None and registration.names_models
         answers = {} if complete else await self._ask(url, MODELS_PATH)

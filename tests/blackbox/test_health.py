@@ -33,6 +33,12 @@ def test_thresholds_are_probes_in_a_row_and_heartbeats_are_probed(tmp_path: Path
     """With the monitor out of the way: two good probes to come in; up to three for a heartbeat, of which one passes."""
     with Router(tmp_path, config=SLOW) as router:
         engine = router.engine(register=False)
+        for probes, status in enumerate((500, 404, 302, 201), 1):
+            engine.pages["/health"] = (status, b"")
+            assert router.register(engine).status == 503
+            assert engine.probes() == probes  # the first that fails is the last
+        engine.pages["/health"] = (200, b"")
+        engine.gets.clear()
         assert router.register(engine).status == 200
         assert engine.probes() == 2
         assert router.register(engine).status == 200
