@@ -153,7 +153,10 @@ def test_those_in_line_outlive_the_scheduler_and_keep_their_order(fleet: Fleet) 
         with Client(fleet.port) as client:
             (held,) = await hold(client)
             line = await line_up(fleet, client, 6)
+            epoch = fleet.get("/queue")[1]["scheduler"]["epoch"]
             fleet.await_replaced("scheduler", fleet.kill("scheduler"))
+            successor = {"state": "alive", "epoch": epoch + 1}
+            await eventually(lambda: fleet.get("/queue")[1]["scheduler"] == successor, "the next scheduler at work")
             await all_wait(fleet, 6)
             held.leave()
             await ended(line)
