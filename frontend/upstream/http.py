@@ -107,7 +107,9 @@ class HttpCall(msgspec.Struct, eq=False):
         """Sends the request, or arranges that it will be. Raises what `fail` is to be told."""
         self.head = request_head(pool.address.authority, request)
         self.body = request.body
-        self.head_only = request.method == "HEAD"
+        if request.method == "HEAD":
+            self.head_only = True
+            self.takes_whole = False
         self._pool = pool
         connection = pool.idle()
         if connection is not None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from broker.errors import PenstockError
-from frontend.upstream.base import Call, Headers
+from frontend.upstream.base import AnswerHead, Call, Headers
 
 
 class RecordingSink:
@@ -100,3 +100,24 @@ class RecordingSink:
             self.violations.append(f"{event} out of order")
         if self._paused and event in ("start", "write"):
             self.violations.append(f"{event} while paused")
+
+
+class WholeRecordingSink(RecordingSink):
+    """One that also takes what is whole; `whole` counts how often it got something so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = 0
+
+    def answer(self, head: AnswerHead, data: bytes) -> None:
+        self.whole += 1
+        self.start(200, head.fitting(data))
+        self.write(data)
+        self.finish()
+
+    def chunk(self, framed: bytes, size: int) -> None:
+        self.whole += 1
+        data = framed[-size - 2 : -2]
+        if framed != b"%b\r\n%b\r\n" % (framed[: framed.index(b"\r\n")], data) or len(data) != size:
+            self.violations.append("no whole chunk")
+        self.write(data)
