@@ -87,7 +87,9 @@ def line(steps: Sequence[Step], policies: Policies) -> bytes:
         numbers = _Numbers(considered, leg.lease.slot) if considered is not None else None
         age_s = sent.at - at
         words += [
-            f"{'instance' if len(legs) == 1 else leg.instance.role.name.lower()}={leg.instance.url}",
+            f"instance={sent.chosen.where}"
+            if len(legs) == 1
+            else f"{leg.instance.role.name.lower()}={leg.instance.url}",
             f"policy={policies[leg.instance.role]}",
             f"candidates={numbers.count if numbers else '-'}",
             f"load={_dash(numbers.load) if numbers else '-'}",
@@ -193,7 +195,8 @@ class Explainer:
         match step:
             case Sent(chosen=chosen):
                 legs = [self._leg(leg) for leg in chosen.legs]
-                return told | {"step": "sent"} | (legs[0] if len(legs) == 1 else {"legs": legs})
+                one = {**legs[0], "instance": chosen.where}
+                return told | {"step": "sent"} | (one if len(legs) == 1 else {"legs": legs})
             case Queued(home=home, considered=considered):
                 told |= {"step": "queued", "home": self._url(home, None)}
                 return told | (self._considered(considered, home) if considered is not None else {})

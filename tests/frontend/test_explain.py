@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from broker import explanation, wire
 from broker.config import Scheduler, Server
 from broker.errors import ConnectFailed
 from broker.faces import FD_ROUTER
-from broker.types import EngineKind, LoadReport, RouteRequest
+from broker.types import EngineKind, Instance, LoadReport, RouteRequest
 from frontend.explain import DECISION, SHOWN, Explainer
 from frontend.forward import Forward
 from frontend.forwarder import Forwarder
@@ -172,6 +173,21 @@ def test_of_a_pair_both_choices_are_told(tmp_path: Path) -> None:
     assert told["request_id"] == "r"
     assert list(explanation.told({"requests": [told], "silent_frontends": 0}))[2].endswith("to 2 instances at once")
     frontend.close()
+
+
+def test_an_instance_of_another_host_is_told_with_its_host(scene: Scene) -> None:
+    scene.fill()
+    _, client = ask(scene.forwarder, "lent")
+    ticket = scene.ticket()
+    instance = msgspec.msgpack.encode(Instance(url="http://10.9.9.9:80"))
+    grant = wire.RemoteGrant(ticket.number, wire.RemoteLease("lease", "id-of-b"), "host-b", instance, ticket.home)
+    scene.admission.hear(wire.Grants(remote=[grant]))
+    scene.frontend.http.last.answer(b"done")
+    assert client.decision["instance"] == "http://10.9.9.9:80@host-b"
+    assert client.decision["stolen_from"] == scene.url(ticket.home)
+    assert client.decision["load"] == "-"
+    (told,) = explainer(scene.frontend, scene.forwarder).explain("lent")
+    assert told["steps"][-1]["instance"] == told["instance"] == "http://10.9.9.9:80@host-b"
 
 
 # -- what is remembered ------------------------------------------------------------------------------------
