@@ -28,6 +28,11 @@ _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MEMBER = re.compile(rb'[ \t\n\r]*,?[ \t\n\r]*("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\n\r]*:[ \t\n\r]*')
 """What stands before a value; the bytes are known to be valid JSON, so the optional comma lets nothing wrong pass."""
 _END = re.compile(rb"[ \t\n\r]*\}[ \t\n\r]*")
+MOST_MEMBERS = 4096
+"""Of the object itself: each is a step of a loop in Python."""
+MOST_COLONS = 1 << 18
+"""Of the whole text, which has no more members than these. Beyond, the decoder alone would stop the loop, and with it
+every stream, for seconds: one of 60 MiB with nothing but members took 19, and a GiB."""
 
 
 def find_member(body: bytes, name: str) -> tuple[int, int] | None:
@@ -78,8 +83,10 @@ def edit_members(body: bytes, changes: Mapping[str, bytes | None]) -> bytes:
 def members(body: bytes) -> dict[str, tuple[int, int]]:
     """Start and end of each top-level value, in the order of the body.
 
-    Raises `BadRequest` if the body is not JSON, not UTF-8, not an object, or names one member twice.
+    Raises `BadRequest` if the body is not JSON, not UTF-8, not an object, names one member twice, or has too many.
     """
+    if len(body) > MOST_COLONS and body.count(b":") > MOST_COLONS:
+        raise BadRequest(f"the body has more than {MOST_COLONS} colons, and something in it must be replaced")
     try:
         body.decode()  # the decoder does not look into strings that it skips
         values = _OBJECT.decode(body)
@@ -87,6 +94,8 @@ def members(body: bytes) -> dict[str, tuple[int, int]]:
         raise BadRequest("the body is not a JSON object") from e
     except UNDECODABLE as e:
         raise BadRequest(f"the body is not valid JSON: {e}") from e
+    if len(values) > MOST_MEMBERS:
+        raise BadRequest(f"the body has more than {MOST_MEMBERS} members")
     found: dict[str, tuple[int, int]] = {}
     key = ""
     at = body.index(b"{") + 1

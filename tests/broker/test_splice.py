@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from broker.errors import BadRequest
-from broker.splice import edit_members, find_member, members, replace_member
+from broker.splice import MOST_COLONS, MOST_MEMBERS, edit_members, find_member, members, replace_member
 
 
 def found(body: bytes, name: str) -> bytes | None:
@@ -295,3 +295,10 @@ def test_editing_does_what_it_does_to_the_decoded_object(
     edited = edit_members(body, {k: None if v is None else str(v).encode() for k, v in changes.items()})
     merged = {**tree, **changes}
     assert json.loads(edited) == {k: v for k, v in merged.items() if v is not None}
+
+
+@pytest.mark.parametrize("count", [MOST_MEMBERS, MOST_COLONS])
+def test_a_body_with_too_many_members_is_refused_before_it_stops_everything(count: int) -> None:
+    body = ("{" + ",".join(f'"{n}":0' for n in range(count + 1)) + "}").encode()
+    with pytest.raises(BadRequest, match=f"more than {count} (members|colons)"):
+        members(body)

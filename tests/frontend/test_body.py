@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -121,3 +122,44 @@ def test_deep_nesting_is_refused_not_a_crash() -> None:
     for opening in (b'{"a":', b'{"messages":['):
         with pytest.raises(BadRequest):
             body.parse(opening * 200_000)
+
+
+def crowd(unit: str, before: str = "", after: str = "") -> bytes:
+    return f"{{{before}{','.join([unit] * 700_000)}{after}}}".encode()
+
+
+@pytest.mark.parametrize("member", ["messages", "prompt", "input", "session_id", "model", "x"])
+def test_a_body_of_very_many_values_is_skimmed(member: str) -> None:
+    """Taken apart it would stop every stream of its frontend, and take thirty times its size."""
+    data = crowd("{}", f'"stream": true, "model": "m", "{member}": [', "]")
+    assert body.is_crowded(data)
+    for parse in (body.parse, body.parse_freely):
+        if member == "model":
+            with pytest.raises(BadRequest, match="model"):
+                parse(data)
+            continue
+        tracemalloc.start()
+        try:
+            parsed = parse(data)
+            assert tracemalloc.get_traced_memory()[1] < len(data)
+        finally:
+            tracemalloc.stop()
+        assert (parsed.model, parsed.stream, parsed.session(), parsed.token_ids()) == ("m", True, None, ())
+        assert (parsed.text().tokens > 100_000) is (member in ("messages", "prompt", "input"))
+
+
+def test_what_is_wrong_with_a_crowded_body_is_said() -> None:
+    for data, said in (
+        (crowd("{}", '"stream": 1, "x": [', "]"), "'stream' must be a boolean"),
+        (crowd("{}", '"model": 1, "x": [', "]"), "'model' must be a string"),
+        (crowd("{}", '"x": [', "]]"), "not valid JSON"),
+        (crowd("{}", '"x": [', "]")[5:-1], "not valid JSON"),
+    ):
+        with pytest.raises(BadRequest, match=said):
+            body.parse(data)
+    assert body.parse_freely(crowd("{}", '"stream": 1, "model": 1, "x": [', "]")).model is None
+
+
+def test_a_long_text_is_not_crowded() -> None:
+    assert not body.is_crowded(json.dumps({"prompt": "word, " * 500_000}).encode())
+    assert not body.is_crowded(json.dumps({"prompt": [1] * 1_000_000}).encode())
