@@ -33,42 +33,38 @@ class Breaker:
         """An instance is open for `secs` once it has failed `failures` times in a row."""
         self._limit = failures
         self._secs = secs
-        self._troubles: dict[int, _Trouble] = {}
+        self.suspects: dict[int, _Trouble] = {}
+        """By slot: those that have failed lately. Where there are none, there is nothing else to ask here."""
 
     def __repr__(self) -> str:
-        return f"Breaker({ {slot: t.failures for slot, t in self._troubles.items()} })"
-
-    @property
-    def suspects(self) -> bool:
-        """Whether there is any instance that has failed lately. If not, there is nothing else to ask here."""
-        return bool(self._troubles)
+        return f"Breaker({ {slot: t.failures for slot, t in self.suspects.items()} })"
 
     def failures(self, slot: int) -> int:
         """In a row, up to now."""
-        trouble = self._troubles.get(slot)
+        trouble = self.suspects.get(slot)
         return trouble.failures if trouble is not None else 0
 
     def open_slots(self, now: float) -> list[int]:
         """Slots not to be tried now."""
-        if not self._troubles:
+        if not self.suspects:
             return []
-        return [slot for slot, t in self._troubles.items() if t.failures >= self._limit and now < t.until]
+        return [slot for slot, t in self.suspects.items() if t.failures >= self._limit and now < t.until]
 
     def least_bad(self, slots: Iterable[int]) -> int:
         """Of slots that are all open, the one with the fewest failures, then the one that opens no more first."""
-        return min(slots, key=lambda slot: (self._troubles[slot].failures, self._troubles[slot].until))
+        return min(slots, key=lambda slot: (self.suspects[slot].failures, self.suspects[slot].until))
 
     def tries(self, slot: int, now: float) -> None:
         """A request was sent to `slot`. If its time of rest was over, this one request is the trial: the others go
         on avoiding it for as long again, or until the trial has succeeded."""
-        trouble = self._troubles.get(slot)
+        trouble = self.suspects.get(slot)
         if trouble is not None and trouble.failures >= self._limit and now >= trouble.until:
             trouble.until = now + self._secs
 
     def failed(self, slot: int, generation: int, now: float) -> None:
-        trouble = self._troubles.get(slot)
+        trouble = self.suspects.get(slot)
         if trouble is None or trouble.generation != generation:
-            trouble = self._troubles[slot] = _Trouble(generation)
+            trouble = self.suspects[slot] = _Trouble(generation)
         trouble.failures += 1
         if trouble.failures >= self._limit:
             trouble.until = now + self._secs
@@ -76,11 +72,11 @@ class Breaker:
     def answers(self, slot: int) -> None:
         """The first byte of an answer: the instance may be tried again, but only a whole answer clears it. (One that
         always dies in mid-stream would otherwise never be open.)"""
-        trouble = self._troubles.get(slot)
+        trouble = self.suspects.get(slot)
         if trouble is not None:
             trouble.failures = min(trouble.failures, self._limit - 1)
 
     def succeeded(self, slot: int) -> None:
         """An answer was whole."""
-        if self._troubles:
-            self._troubles.pop(slot, None)
+        if self.suspects:
+            self.suspects.pop(slot, None)
