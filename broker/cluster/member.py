@@ -30,7 +30,7 @@ RETRY_S = (0.2, 5.0)
 """First and longest rest before Redis is tried again."""
 LOOK_S = 0.5
 """How often leases are looked at that nobody renews."""
-LEAVE_S = 1.0
+AGAIN_S = 0.05
 
 
 class Member:
@@ -76,52 +76,60 @@ class Member:
         }
 
     async def run(self) -> None:
-        """Never returns."""
-        expiring = asyncio.get_running_loop().create_task(self._expire())
+        """Never returns. Cancelled, it leaves the cluster in order."""
+        stop = asyncio.Event()
+        tasks = [asyncio.create_task(self._live(stop)), asyncio.create_task(self._expire())]
         try:
-            rest = RETRY_S[0]
-            while True:
-                began = time.monotonic()
-                await self._one_term()
-                if time.monotonic() - began > RETRY_S[1]:
-                    rest = RETRY_S[0]
-                await asyncio.sleep(rest)
-                rest = min(RETRY_S[1], 2 * rest)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await next(iter(done))  # neither ever returns: this raises
         finally:
-            expiring.cancel()
-            await asyncio.gather(expiring, return_exceptions=True)
+            stop.set()
+            tasks[1].cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one_term(self) -> None:
+    async def _live(self, stop: asyncio.Event) -> None:
+        """From term to term. It is told to stop, not cancelled: see `_ended`."""
+        rest = RETRY_S[0]
+        while not stop.is_set():
+            began = time.monotonic()
+            await self._one_term(stop)
+            rest = RETRY_S[0] if time.monotonic() - began > RETRY_S[1] else min(RETRY_S[1], 2 * rest)
+            await _set_within(stop, rest)
+
+    async def _one_term(self, stop: asyncio.Event) -> None:
         here = self._here
         store = Store(here.settings, here.id, lambda: here.count(SchedulerEvent.CLUSTER_ROUND_TRIPS, 1))
         name = secrets.token_hex(8)
         try:
             await self._join(store, name)
-        except StoreAway as e:
-            self._alone(str(e))
-            await store.close()
-            return
-        term = self._term = Term(here, store, name)
-        self._show(ClusterState.JOINED)
-        logger.info("joined the cluster %r as %s", here.settings.topic, here.name)
-        tasks = [asyncio.create_task(self._listen(store, term)), asyncio.create_task(term.turns())]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            await next(iter(done))
+            term = self._term = Term(here, store, name)
+            try:
+                self._show(ClusterState.JOINED)
+                logger.info("joined the cluster %r as %s", here.settings.topic, here.name)
+                await self._until(stop, term, store)
+            finally:
+                term.close()
+            with contextlib.suppress(StoreAway):
+                await store.leave(name)
         except StoreAway as e:
             self._alone(str(e))
         except TermOver:
             self._alone("Redis does not know this host any more")
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            term.close()
-            if self._term is not None:  # cancelled: this host leaves in order
-                with contextlib.suppress(StoreAway, TimeoutError):
-                    async with asyncio.timeout(LEAVE_S):
-                        await store.leave(name)
             await store.close()
+
+    async def _until(self, stop: asyncio.Event, term: Term, store: Store) -> None:
+        """The turns of a term, until it is over: then this raises, or told to stop."""
+        tasks = [asyncio.create_task(each) for each in (self._listen(store, term), term.turns())]
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            await _ended(tasks)
+        for task in tasks:
+            if not task.cancelled():
+                await task
 
     async def _join(self, store: Store, name: str) -> None:
         here = self._here
@@ -169,3 +177,21 @@ class Member:
     def _show(self, state: ClusterState) -> None:
         self._cells[Cell.CLUSTER] = state
         self._cells[Cell.HOSTS] = len(self.peers) + 1 if state is ClusterState.JOINED else 0
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> None:
+    """Until it is set, or the time is over."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
+
+
+async def _ended(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancels them until they have ended.
+
+    Once is not enough: redis-py looks at a connection under a timeout of 0 before each command, and Python 3.11 takes a
+    cancellation that comes just before such a timeout for the timeout.
+    """
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=AGAIN_S)
