@@ -183,6 +183,7 @@ COLUMNS = [
     "capacity",
     "report_age_s",
     "models",
+    "name",
 ]
 
 

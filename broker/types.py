@@ -99,6 +99,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Opaque transfer metadata (NCCL, RDMA, device ids) exactly as registered; carried, never read."""
     fastdeploy: FastDeployFields | None = None
     pair: PairFields | None = None
+    name: str = ""
+    """What people call it; native engines say it in their hello."""
 
     @property
     def is_native(self) -> bool:

@@ -274,6 +274,8 @@ class EngineHello(msgspec.Struct, frozen=True, array_like=True, tag=32):
     """Credit: requests it will run at once; 0 = it does not say."""
     transfer: bytes = b""
     """Opaque transfer metadata, carried unread."""
+    name: str = ""
+    """What people call it, for lists; of no other meaning."""
 
 
 class EngineBeat(msgspec.Struct, frozen=True, array_like=True, tag=33):

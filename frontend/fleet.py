@@ -42,6 +42,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     transfer: Any
     """As registered when that was JSON, else `{"base64": ...}`."""
     fastdeploy: Any
+    name: str | None
+    """What people call it."""
 
 
 def rows(table: TableReader, now_ns: int) -> list[Row]:
@@ -79,6 +81,7 @@ def _row(table: TableReader, entry: Entry, now_ns: int) -> Row:
         load_endpoint=instance.load_endpoint or None,
         transfer=_shown(instance.transfer),
         fastdeploy=instance.fastdeploy,
+        name=instance.name or None,
     )
 
 

@@ -156,6 +156,7 @@ def from_hello(hello: wire.EngineHello, splitwise: bool) -> Instance:
         capacity=_integer("capacity", hello.capacity, MOST_CAPACITY),
         incarnation=hello.incarnation,
         transfer=hello.transfer,
+        name=_name(hello.name),
     )
 
 
@@ -353,6 +354,12 @@ def _fastdeploy(fields: Fields, splitwise: bool) -> FastDeployFields | None:
         version=_version(fields.get("version")),
         is_paused=fields.get("is_paused") is True,
     )
+
+
+def _name(value: str) -> str:
+    if len(value) > 64 or not value.isprintable():
+        raise bad("name", f"must be of at most 64 printable characters, not {shown(value)}")
+    return value
 
 
 def _version(value: object) -> str:

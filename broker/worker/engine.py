@@ -103,12 +103,14 @@ class Engine:
         capacity: int = 0,
         transfer: bytes = b"",
         bind: str = "",
+        name: str = "",
         max_body_bytes: int = 64 * 1024 * 1024,
         max_held_bytes: int = 8 * 1024 * 1024,
     ) -> None:
         """Binds the data socket, so that `endpoint` is known at once. Raises `zmq.ZMQError` or ValueError.
 
-        `capacity`: requests it runs at once, 0 = it does not say. `bind`: see `endpoints.default_bind`.
+        `capacity`: requests it runs at once, 0 = it does not say. `bind`: see `endpoints.default_bind`. `name`: what
+        lists call it.
         `max_held_bytes`: what may wait for one frontend that does not read, beyond which its requests are ended.
         """
         if len(transfer) > wire.MAX_TRANSFER_BYTES:
@@ -136,7 +138,9 @@ class Engine:
             self._context.destroy(linger=0)
             raise
         self.endpoint = endpoints.advertised(bound, router)
-        hello = wire.EngineHello(wire.PROTOCOL, self.incarnation, self.endpoint, role, list(models), capacity, transfer)
+        hello = wire.EngineHello(
+            wire.PROTOCOL, self.incarnation, self.endpoint, role, list(models), capacity, transfer, name
+        )
         self._link = Link(self._loop, self._context, router, hello, runner.load)
 
     # -- life ----------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ def serve(
     capacity: int = 0,
     transfer: bytes = b"",
     bind: str = "",
+    name: str = "",
     max_waiting: int = 1024,
     drain_s: float = 10.0,
 ) -> None:
@@ -139,7 +140,7 @@ def serve(
 
     `router`: where Penstock answers HTTP; it may come later and go for a while. `models`: names it serves, none =
     any. `transfer`: opaque metadata for the peers in prefill/decode pairs, at most 7 KiB. `bind`: where frontends
-    connect, by default a unix socket on Penstock's machine and a free TCP port elsewhere.
+    connect, by default a unix socket on Penstock's machine and a free TCP port elsewhere. `name`: what lists call it.
     """
     asyncio.run(
         serve_async(
@@ -150,6 +151,7 @@ def serve(
             capacity=capacity,
             transfer=transfer,
             bind=bind,
+        name=name,
             max_waiting=max_waiting,
             drain_s=drain_s,
         )
@@ -165,6 +167,7 @@ async def serve_async(
     capacity: int = 0,
     transfer: bytes = b"",
     bind: str = "",
+    name: str = "",
     max_waiting: int = 1024,
     drain_s: float = 10.0,
     stop: asyncio.Event | None = None,
@@ -179,6 +182,7 @@ async def serve_async(
         capacity=capacity,
         transfer=transfer,
         bind=bind,
+        name=name,
     )
     runner.engine = engine
     if stop is None:

@@ -151,6 +151,7 @@ async def _serve_zmq(options: argparse.Namespace, sim: SimulatedEngine, transfer
         capacity=options.capacity,
         transfer=transfer,
         bind=options.bind,
+        name=options.name,
     )
     runner.engine = engine
     sim.on_step, sim.on_faults = runner.after_step, runner.after_faults

@@ -364,6 +364,7 @@ def hello(**changes: Any) -> wire.EngineHello:
         "models": ["m"],
         "capacity": 8,
         "transfer": b"\x00\xff",
+        "name": "engine one",
     }
     return wire.EngineHello(**{**fields, **changes})
 
@@ -376,6 +377,7 @@ def test_a_hello_is_an_instance() -> None:
         capacity=8,
         incarnation=b"i" * 16,
         transfer=b"\x00\xff",
+        name="engine one",
     )
 
 
@@ -383,6 +385,8 @@ def test_a_hello_is_an_instance() -> None:
     ("changes", "field"),
     [
         ({"incarnation": b"short"}, "incarnation"),
+        ({"name": "x" * 65}, "name"),
+        ({"name": "a\nb"}, "name"),
         ({"endpoint": "tcp://*:7000"}, "endpoint"),
         ({"endpoint": "tcp://0.0.0.0:7000"}, "endpoint"),
         ({"endpoint": "tcp://[::]:7000"}, "endpoint"),

@@ -81,7 +81,7 @@ def test_it_says_goodbye_and_ends(penstock: RawPenstock, process: subprocess.Pop
 
 
 EXAMPLES: dict[str, object] = {
-    "EngineHello": wire.EngineHello(1, INCARNATION, "ipc://@e", Role.MIXED, ["m"], 8, b"\x01\x02"),
+    "EngineHello": wire.EngineHello(1, INCARNATION, "ipc://@e", Role.MIXED, ["m"], 8, b"\x01\x02", "e1"),
     "EngineBeat": wire.EngineBeat(INCARNATION, 8, True),
     "EngineGoodbye": wire.EngineGoodbye(INCARNATION),
     "Accepted": wire.Accepted(1, 7),
