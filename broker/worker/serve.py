@@ -103,8 +103,10 @@ async def drive(items: AsyncIterator[Item], call: Call, engine: Engine) -> None:
     """Emits what a generator yields until it ends. On cancellation the generator's own `finally` runs first."""
     answer: Answer | None = None
     finish = Finish()
+    silent = True
     try:
         async for item in items:
+            silent = False
             if isinstance(item, Finish):
                 answer, finish = answer or _answer(call.request), item
             elif isinstance(item, str):
@@ -116,6 +118,8 @@ async def drive(items: AsyncIterator[Item], call: Call, engine: Engine) -> None:
         close = getattr(items, "aclose", None)
         if close is not None:
             await close()
+    if silent:  # an answer without a word, not one without a body
+        answer = _answer(call.request)
     engine.finish(call, answer.end(finish) if answer is not None else b"")
 
 
@@ -151,7 +155,7 @@ def serve(
             capacity=capacity,
             transfer=transfer,
             bind=bind,
-        name=name,
+            name=name,
             max_waiting=max_waiting,
             drain_s=drain_s,
         )
