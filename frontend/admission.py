@@ -18,7 +18,6 @@ Nothing here awaits: whoever waits is called back.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import heapq
 import itertools
 import time
@@ -33,83 +32,18 @@ from broker.types import Instance, RouteRequest
 from broker.view import TableReader
 from frontend.dispatch import Choice, Chosen, Dispatcher
 from frontend.remote import Guests, RemoteChoice
+from frontend.standing import Waiting, standing
 from frontend.upstream.base import Headers
 from frontend.waiting import Saturated, Waiter
 
-PRIORITY = b"x-penstock-priority"
-PRIORITIES = {b"high": 0, b"normal": 1, b"low": 2}
-"""Values of that header; any other is as good as none."""
 TICK_S = 0.01
 """How often, while requests wait, unsent messages are sent again, and room is looked for when no scheduler is alive."""
 PER_MESSAGE = 64
 """Tickets in one message: with the longest names it stays within `wire.MAX_CONTROL_BYTES`."""
-MOST_MODEL = 512
-"""Characters of a model's name that a ticket carries. Longer ones are nobody's, whatever follows."""
 ALONE = 64
 """Waiting requests that are tried per tick when no scheduler is alive."""
 ATTEMPTS = 4
 """Choices that turned out full in the meantime, until the request waits."""
-
-
-class Waiting:
-    """One request in line. Its owner is whoever waits, who calls `leave` at the end, whatever happened."""
-
-    __slots__ = (
-        "_line",
-        "abroad",
-        "cached",
-        "deadline",
-        "home",
-        "key",
-        "number",
-        "priority",
-        "route",
-        "since_ns",
-        "waiter",
-    )
-
-    def __init__(
-        self,
-        line: Admission,
-        number: int,
-        route: RouteRequest,
-        headers: Headers,
-        home: int,
-        waiter: Waiter,
-        since_ns: int | None = None,
-    ) -> None:
-        self._line = line
-        self.number = number
-        self.route = route
-        self.home = home
-        self.waiter = waiter
-        self.cached = line.cached(route, home)
-        self.key, self.priority = line.standing(headers)
-        now_ns = time.monotonic_ns()
-        self.since_ns = now_ns if since_ns is None else min(since_ns, now_ns)
-        self.abroad = since_ns is None  # who waits again has failed there
-        left_s = max(0.0, line.timeout_s - (now_ns - self.since_ns) / 1e9)
-        self.deadline = line.loop.call_later(left_s, line.expire, self)
-
-    def leave(self) -> None:
-        """Idempotent."""
-        self._line.leave(self)
-
-    def ticket(self, timeout_ns: int) -> wire.Ticket:
-        route = self.route
-        return wire.Ticket(
-            self.number,
-            route.role,
-            route.model[:MOST_MODEL] if route.model is not None else None,
-            max(1, route.prompt_tokens),
-            self.home,
-            self.priority,
-            self.key,
-            self.since_ns,
-            self.since_ns + timeout_ns,
-            self.cached,
-            self.abroad,
-        )
 
 
 class Admission:
@@ -251,7 +185,20 @@ class Admission:
     ) -> Waiting:
         """Puts the request in line; `home` is the slot that the policy preferred. `since_ns`: it has waited before."""
         self._counters.count(TotalColumn.QUEUED)
-        waiting = Waiting(self, next(self._numbers), route, headers, home, waiter, since_ns)
+        now_ns = time.monotonic_ns()
+        waiting = Waiting(
+            next(self._numbers),
+            route,
+            home,
+            waiter,
+            *standing(headers, self._header),
+            self.cached(route, home),
+            now_ns if since_ns is None else min(since_ns, now_ns),
+            since_ns is None,  # who waits again has failed at another host
+            self.leave,
+        )
+        left_s = self.timeout_s - (now_ns - waiting.since_ns) / 1e9
+        waiting.deadline = self.loop.call_later(max(0.0, left_s), self.expire, waiting)
         self._waiting[waiting.number] = self._offers[waiting.number] = waiting
         self._flush_soon()
         return waiting
@@ -263,16 +210,6 @@ class Admission:
             return dict(every)
         most = heapq.nlargest(wire.MOST_CACHED, every, key=lambda slot: (slot == home, every[slot]))
         return {slot: every[slot] for slot in most}
-
-    def standing(self, headers: Headers) -> tuple[str, int]:
-        """Fairness key and priority. The key is a digest: what tells clients apart may be their secret."""
-        key, priority = b"", PRIORITIES[b"normal"]
-        for name, value in headers:
-            if name == self._header:
-                key = value
-            elif name == PRIORITY:
-                priority = PRIORITIES.get(value.strip().lower(), priority)
-        return hashlib.blake2b(key, digest_size=8).hexdigest() if key else "", priority
 
     def leave(self, waiting: Waiting) -> None:
         if self._forget(waiting) is not None:
@@ -299,7 +236,8 @@ class Admission:
         self._flush_soon()
 
     def _forget(self, waiting: Waiting) -> Waiting | None:
-        waiting.deadline.cancel()
+        if waiting.deadline is not None:
+            waiting.deadline.cancel()
         return self._waiting.pop(waiting.number, None)
 
     def _withdraw(self, number: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from broker import wire
@@ -14,9 +15,11 @@ from broker.config import Scheduler
 from broker.counters import CounterColumn, TotalColumn
 from broker.errors import ModelNotFound, NoInstance, PenstockError, QueueFull, QueueTimeout
 from broker.table import QueueColumn, State
-from broker.types import RouteRequest
-from frontend.admission import PER_MESSAGE, TICK_S, Admission, Waiting
+from broker.types import Instance, RouteRequest
+from frontend.admission import PER_MESSAGE, TICK_S, Admission
 from frontend.dispatch import Choice, Chosen
+from frontend.remote import RemoteChoice
+from frontend.standing import Waiting
 from frontend.upstream.base import Headers
 from frontend.waiting import Saturated
 from tests.frontend.fakes import Frontend
@@ -298,6 +301,74 @@ def test_an_instance_that_has_changed_is_returned_and_the_request_waits_on(line:
     assert waiter.choice is None
     line.grant(1, A)
     assert waiter.choice is not None
+
+
+def granted_there(number: int, url: str = "http://10.9.9.9:80") -> wire.Grants:
+    instance = msgspec.msgpack.encode(Instance(url=url))
+    return wire.Grants(remote=[wire.RemoteGrant(number, wire.RemoteLease(f"l{number}", "host"), "name", instance, 0)])
+
+
+def test_an_instance_of_another_host_is_taken_held_and_given_back(line: Line) -> None:
+    line.fill()
+    _, waiter = line.wait()
+    line.turn()
+    line.admission.hear(granted_there(1))
+    assert isinstance(waiter.choice, RemoteChoice)
+    assert waiter.choice.where == "http://10.9.9.9:80@name"
+    assert sum(line.frontend.in_flight) == 4  # none of ours is any fuller
+    assert line.turn().taken == [1]
+    line.admission.placed(REQUEST, waiter.choice)  # no policy of ours notes what is cached there
+    line.admission.offer_again()  # a new scheduler
+    again = line.turn()
+    assert (again.offered, again.held, again.ended) == ([], [wire.RemoteLease("l1", "host")], [])
+    waiter.choice.lease.close()
+    assert line.turn().ended == [wire.RemoteLease("l1", "host")]
+    line.admission.offer_again()
+    assert line.turn().held == []
+
+
+def test_what_ended_while_no_scheduler_listened_is_said_later(line: Line) -> None:
+    line.fill()
+    _, waiter = line.wait()
+    line.turn()
+    line.admission.hear(granted_there(1))
+    line.connected = False
+    assert waiter.choice is not None
+    waiter.choice.lease.close()
+    line.turns.turn()
+    line.connected = True
+    line.frontend.time.advance(TICK_S)
+    message = line.turn()
+    assert (message.taken, [lease.lease for lease in message.ended]) == ([1], ["l1"])
+
+
+def test_a_request_that_failed_at_another_host_stands_where_it_stood_and_stays_here(line: Line) -> None:
+    line.fill()
+    waiting, waiter = line.wait()
+    line.turn()
+    line.admission.hear(granted_there(1))
+    assert waiter.choice is not None
+    tried = [waiter.choice.lease.slot]
+    with pytest.raises(Saturated) as saturated:
+        line.admission.choose(REQUEST, tried, NOW)
+    again = line.admission.wait(REQUEST, [], saturated.value.home, Waiter(), waiting.since_ns)
+    (ticket,) = line.turn().offered
+    assert (ticket.number, ticket.offered_ns, ticket.abroad) == (again.number, waiting.since_ns, False)
+    assert ticket.deadline_ns == waiting.ticket(line_timeout_ns(line)).deadline_ns
+
+
+def line_timeout_ns(line: Line) -> int:
+    return int(line.admission.timeout_s * 1e9)
+
+
+def test_a_place_elsewhere_whose_client_has_left_is_given_back(line: Line) -> None:
+    line.fill()
+    waiting, _ = line.wait()
+    line.turn()
+    waiting.leave()
+    line.turn()
+    line.admission.hear(granted_there(1))
+    assert line.turn().withdrawn == [1]
 
 
 def test_a_grant_whose_client_has_left_is_given_back(line: Line) -> None:
