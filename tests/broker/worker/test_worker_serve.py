@@ -169,6 +169,17 @@ def test_an_unstreamed_answer_is_one_json_document(penstock: RawPenstock) -> Non
         assert answer["kv_transfer_params"] is None
 
 
+def test_a_generator_without_a_word_gives_an_answer_without_one(penstock: RawPenstock) -> None:
+    with Served(penstock, echo) as served, served.frontend() as frontend:
+        frontend.request(1, {"prompt": ""}, stream=False)
+        status, body = frontend.answer(1)
+        assert (status, json.loads(body)["choices"][0]["text"]) == (200, "")
+        frontend.request(2, {"messages": []}, path="/v1/chat/completions")
+        status, body = frontend.answer(2)
+        assert status == 200
+        assert body.endswith(b"data: [DONE]\n\n")
+
+
 def test_bytes_reach_the_client_as_they_are(penstock: RawPenstock) -> None:
     with Served(penstock, raw_bytes) as served, served.frontend() as frontend:
         body = b'{"n": 12345678901234567890,  "x":\t1e400}'
