@@ -65,13 +65,13 @@ class Gate:
 
 def test_the_hello_holds_what_the_author_said(penstock: RawPenstock) -> None:
     transfer = bytes(range(256)) * 24
-    with Served(penstock, echo, models=["a", "b"], role="decode", capacity=8, transfer=transfer) as served:
+    with Served(penstock, echo, models=["a", "b"], role="decode", capacity=8, transfer=transfer, name="n") as served:
         tag, protocol, incarnation, endpoint, *rest = served.hello
         assert (tag, protocol) == (32, 1)
         assert len(incarnation) == 16
         assert incarnation[0] != 0
         assert endpoint == f"ipc://@penstock-{incarnation.hex()}"
-        assert rest == [2, ["a", "b"], 8, transfer]
+        assert rest == [2, ["a", "b"], 8, transfer, "n"]
 
 
 def test_beats_follow_and_goodbye_ends_them(penstock: RawPenstock) -> None:
