@@ -87,6 +87,21 @@ class FreeBody(Body, gc=False):
     req_id: Any = None
     extra_body: Any = None
 
+    def text(self, estimate: Estimator = PENSTOCK.estimate) -> Estimate:
+        """As FastDeploy's router reads it: of messages their text, whole or in parts of type `text`; of a prompt, or of
+        a list of them, what is text."""
+        texts: list[str] = []
+        for message in self.messages if isinstance(self.messages, list) else ():
+            content = message.get("content") if isinstance(message, dict) else None
+            if isinstance(content, str):
+                texts.append(content)
+            elif isinstance(content, list):
+                parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+                texts += [text for part in parts if isinstance(text := part.get("text"), str)]
+        prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        texts += [prompt for prompt in prompts if isinstance(prompt, str)]
+        return estimate(texts, len(self.token_ids()))
+
     def tools_text(self) -> str:
         """FastDeploy's router schedules by messages and prompts alone."""
         return ""
@@ -181,7 +196,7 @@ def parse_freely(data: bytes) -> FreeBody:
 
 def _members(data: bytes, kind: type[Body]) -> dict[str, Any]:
     try:
-        tree = json.loads(data.decode(), parse_constant=_no_constant)
+        tree = json.loads(data.decode(errors="replace"), parse_constant=_no_constant)  # as Go reads what is no UTF-8
     except (ValueError, RecursionError) as e:
         raise BadRequest(complaint(data, "map[string]interface {}")) from e
     if not isinstance(tree, dict):

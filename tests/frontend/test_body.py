@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import BadRequest
+from broker.faces import FD_ROUTER
 from frontend import body
 
 
@@ -70,6 +71,31 @@ def test_tools_of_a_body_that_is_read_slowly_are_text_too() -> None:
 )
 def test_token_ids_are_kept_if_that_is_what_they_are(tree: Any, ids: list[int]) -> None:
     assert list(read(tree).token_ids()) == ids
+
+
+@pytest.mark.parametrize(
+    ("tree", "text", "tokens"),
+    [
+        ({"messages": [{"content": " a "}, {"content": "b"}]}, "a b", 6),
+        ({"messages": [{"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}, "a b", 6),
+        ({"messages": [{"content": [{"type": "image_url", "text": "a"}, {"text": "b"}, "c", None]}]}, "", 0),
+        ({"messages": [{"content": [{"type": "text", "text": 5}]}, {"text": "a"}, "b", {"content": None}]}, "", 0),
+        ({"messages": {"content": "a"}}, "", 0),
+        ({"messages": [{"content": ""}, {"content": " \n"}, {"content": "漢"}], "tools": ["x"]}, "漢", 2),
+        ({"prompt": "a"}, "a", 2),
+        ({"prompt": ["a", 5, " b ", ["c"], {"content": "d"}]}, "a b", 6),
+        ({"prompt": [1, 2, 3]}, "", 24),
+        ({"prompt": [[1, 2], [3]]}, "", 24),
+        ({"prompt": {"content": "a"}, "input": "b"}, "", 0),
+    ],
+)
+def test_text_is_what_fastdeploys_router_takes_for_it(tree: Any, text: str, tokens: int) -> None:
+    assert body.parse_freely(json.dumps(tree).encode()).text(FD_ROUTER.estimate) == (text, tokens)
+
+
+def test_what_is_no_utf_8_is_the_engines_business_where_the_original_left_it_to_them() -> None:
+    read = body.parse_freely(b'{"prompt": "a\xff", "stream": true}')
+    assert (read.text().text, read.stream) == ("a\ufffd", True)
 
 
 def test_a_cut_emoji_does_not_stop_a_request() -> None:
