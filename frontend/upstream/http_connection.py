@@ -186,8 +186,14 @@ class Connection(asyncio.Protocol):
             self._answered = True
             reader.feed(data)
             if reader.reusable and reader.status == 200 and reader.has_body and not exchange.head_only:
-                self._owner.known.learn(data, reader.lines, AnswerHead(reader.headers))
+                self._learn(data)
         self._deliver()
+
+    def _learn(self, data: bytes) -> None:
+        """The answer, which is whole, had a head worth knowing; one that repeats its request's name will not come again."""
+        headers = self._reader.headers
+        if all(name != b"x-request-id" for name, _ in headers):
+            self._owner.known.learn(data, self._reader.lines, AnswerHead(headers))
 
     def _is_known(self, exchange: Exchange, data: bytes) -> bool:
         """Passes a whole answer with a known head on, past the reader, which goes on waiting for one."""
