@@ -22,10 +22,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import Enum, auto
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -133,7 +133,8 @@ class PairCall:
         self._began = self._loop.time()
         self._time(Limit.PREFILL, terms.prefill_s, "prefill was not done", choice.prefill.lease)
         self._time(Limit.WHOLE, terms.whole_s, "the answer was not whole", choice.lease)
-        self._prefill_call = self._open(choice.prefill.instance, plan.prefill, PrefillLeg(self))
+        sink = LegSink(self.prefill_starts, self.prefill_writes, self.prefill_finishes, self.prefill_fails)
+        self._prefill_call = self._open(choice.prefill.instance, plan.prefill, sink)
         if not choice.pairing.sequential:
             self._open_decode(plan.decode(b""))
 
@@ -353,7 +354,7 @@ class PairCall:
         request = msgspec.structs.replace(
             self._request,
             body=leg.body,
-            headers=_merged(self._request.headers, leg.headers),
+            headers=leg.headers_of(self._request.headers),
             forms=None,
             stream=self._request.stream if leg.stream is None else leg.stream,
             transfer=leg.transfer,
@@ -361,7 +362,8 @@ class PairCall:
         return self._upstream(instance).open(instance, request, sink)
 
     def _open_decode(self, leg: Leg) -> None:
-        self._decode_call = self._open(self._choice.decode.instance, leg, DecodeLeg(self))
+        sink = LegSink(self.decode_starts, self.decode_writes, self.decode_finishes, self.decode_fails)
+        self._decode_call = self._open(self._choice.decode.instance, leg, sink)
         if self._paused:
             self._decode_call.pause()
 
@@ -389,31 +391,10 @@ class PairCall:
             call.cancel()
 
 
-class PrefillLeg:
-    """The sink of prefill's call."""
+class LegSink(NamedTuple):
+    """Who hears one leg's call."""
 
-    __slots__ = ("fail", "finish", "start", "write")
-
-    def __init__(self, pair: PairCall) -> None:
-        self.start = pair.prefill_starts
-        self.write = pair.prefill_writes
-        self.finish = pair.prefill_finishes
-        self.fail = pair.prefill_fails
-
-
-class DecodeLeg:
-    """The sink of decode's call."""
-
-    __slots__ = ("fail", "finish", "start", "write")
-
-    def __init__(self, pair: PairCall) -> None:
-        self.start = pair.decode_starts
-        self.write = pair.decode_writes
-        self.finish = pair.decode_finishes
-        self.fail = pair.decode_fails
-
-
-def _merged(headers: Headers, added: Mapping[bytes, bytes]) -> Headers:
-    if not added:
-        return headers
-    return [(name, value) for name, value in headers if name not in added] + list(added.items())
+    start: Callable[[int, Headers], None]
+    write: Callable[[bytes], None]
+    finish: Callable[[], None]
+    fail: Callable[[PenstockError], None]

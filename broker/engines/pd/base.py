@@ -38,6 +38,7 @@ TRANSFER_KEYS = (
 
 BOOTSTRAP_PORT = 8998
 
+Headers = list[tuple[bytes, bytes]]
 Changes = dict[str, bytes | None]
 """For `splice.edit_members`."""
 
@@ -60,6 +61,12 @@ class Leg(msgspec.Struct, frozen=True, kw_only=True):
     """The peer's opaque metadata, for native engines."""
     stream: bool | None = None
     """Whether the answer is one; None = as the client asked."""
+
+    def headers_of(self, client: Headers) -> Headers:
+        """The client's headers and its own."""
+        if not self.headers:
+            return client
+        return [header for header in client if header[0] not in self.headers] + list(self.headers.items())
 
 
 class Plan(msgspec.Struct, frozen=True):
