@@ -86,8 +86,9 @@ class Transport:
 class Whole:
     """One frontend, one client's connection, and one kept connection to each of its engines."""
 
-    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, policy: str = "round_robin") -> None:
-        self.loop = loop
+    def __init__(self, path: Path, policy: str) -> None:
+        """On a running loop."""
+        self.loop = loop = asyncio.get_running_loop()
         self.run = Run(path, slots=64, frontends=4)
         scheduler = msgspec.structs.replace(self.run.config.scheduler, policy=policy)
         config = msgspec.structs.replace(self.run.config, scheduler=scheduler)
@@ -100,10 +101,7 @@ class Whole:
         dispatcher = Dispatcher(self.run.reader, self.counters, make_policies(config, 0), breaker)
         admission = Admission(config, self.run.reader, dispatcher, self.counters, 1, loop, lambda _: True)
 
-        async def transport() -> HttpUpstream:
-            return HttpUpstream(config)
-
-        self.http = loop.run_until_complete(transport())
+        self.http = HttpUpstream(config)
         self.forwarder = Forwarder(config, admission, self.counters, self.http, self.http, loop, time.monotonic)
         inference = Inference(config, self.forwarder)
         self.engines: list[tuple[EngineConnection, Transport]] = []
@@ -151,9 +149,13 @@ class Whole:
 @contextlib.contextmanager
 def frontend(path: Path, policy: str = "round_robin") -> Iterator[Whole]:
     """Lines of the log are gathered as in service; the handlers are the caller's."""
+
+    async def made() -> Whole:
+        return Whole(path, policy)
+
     loop = uvloop.new_event_loop()
     batched.start(loop)
-    it = Whole(path, loop, policy)
+    it = loop.run_until_complete(made())
     try:
         yield it
     finally:

@@ -190,7 +190,7 @@ class Connection(asyncio.Protocol):
         self._deliver()
 
     def _learn(self, data: bytes) -> None:
-        """The answer, which is whole, had a head worth knowing; one that repeats its request's name will not come again."""
+        """Unless it repeats the name of its request, the head of this answer will come again."""
         headers = self._reader.headers
         if all(name != b"x-request-id" for name, _ in headers):
             self._owner.known.learn(data, self._reader.lines, AnswerHead(headers))
