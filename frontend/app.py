@@ -132,7 +132,7 @@ async def serve(
             stack.callback(Notices(prefixes, counters, control.note, loop).close)
         face = face_of(config)
         stories = Stories.of(face, table)
-        policies = make_policies(config, index, prefixes, stories.weighed if stories is not None else None)
+        policies = make_policies(config, index, prefixes)
         dispatcher = Dispatcher(table, counters, policies, breaker)
         dispatcher.sessions = by_role(config.scheduler, counters)
         forget = partial(forget_guest, table, http, native)

@@ -16,7 +16,7 @@ from broker.counters import FrontendCounters
 from broker.errors import NoInstance
 from broker.lease import Lease, take
 from broker.policies import Options, Policy, frontend_rng, in_use, make_policy
-from broker.policies.base import Weighing, Why
+from broker.policies.base import Why
 from broker.prefix import PrefixIndex
 from broker.types import Instance, Role, RouteRequest
 from broker.view import TableReader, View
@@ -193,12 +193,7 @@ class Dispatcher:
         return Considered(view, policy.why, avoid, request.role), slot
 
 
-def make_policies(
-    config: Config,
-    index: int,
-    prefixes: PrefixIndex | None = None,
-    on_weighed: Callable[[Weighing], None] | None = None,
-) -> dict[Role, Policy]:
+def make_policies(config: Config, index: int, prefixes: PrefixIndex | None = None) -> dict[Role, Policy]:
     """One policy object per role in use, so that none shares a turn with another. `index` is the frontend's row.
 
     `prefixes` is shared by all of them; there is one if `need_index` says so.
@@ -207,5 +202,5 @@ def make_policies(
     rng = frontend_rng(scheduler.seed, index)
     # A frontend that was swapped in has a row of the same remainder, and keeps its place on the circle.
     offset = index % workers / workers
-    options = Options.of(scheduler, on_weighed)
+    options = Options.of(scheduler)
     return {role: make_policy(name, options, rng, offset, prefixes) for role, name in in_use(config).items()}

@@ -8,15 +8,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from broker.errors import NoInstance, PenstockError, UpstreamError
 from broker.faces import Event, Face
 from broker.faces.go import duration
 from broker.lease import Lease
 from broker.narrator import Narrator, printable
-from broker.policies.base import Vector, Weighing
+from broker.policies.base import Vector, Why
 from broker.types import Role
 from broker.view import TableReader
 from frontend.dispatch import Choice, Chosen
@@ -31,21 +28,11 @@ class Stories:
         self.narrator = Narrator(face, "frontend")
         self.counters = table.counters
         self._table = table
-        self._weighings: list[Weighing] = []  # since the last choice was told
 
     @classmethod
     def of(cls, face: Face, table: TableReader) -> Stories | None:
         """None for a face that has nothing to tell before a request's end."""
         return cls(face, table) if Event.PARSED in face.lines else None
-
-    def weighed(self, weighing: Weighing) -> None:
-        """For the policies. Nothing else happens between a choice and its being told, so that it needs no name."""
-        del self._weighings[:-1]
-        self._weighings.append(weighing)
-
-    def take_weighings(self) -> list[Weighing]:
-        found, self._weighings = self._weighings, []
-        return found
 
     def listed(self, slots: Vector, values: Vector) -> str:
         """As Go prints a map of URLs."""
@@ -98,15 +85,14 @@ class Story:
         self._tell(Event.UNREAD, error=error.message)
 
     def chosen(self, legs: tuple[Choice, ...]) -> None:
-        weighings = {weighing.slot: weighing for weighing in self._stories.take_weighings()}
         paired = len(legs) > 1
         for leg in legs:
             self._follow(leg, legs)
             if paired:
                 prefill = leg.instance.role is Role.PREFILL
                 self._tell(Event.CHOOSING_PREFILL if prefill else Event.CHOOSING_DECODE, now=_now())
-            if leg.lease.slot in weighings:
-                self._weighed(weighings[leg.lease.slot])
+            if leg.considered is not None and leg.considered.why is not None:
+                self._weighed(leg.considered.view.slots, leg.considered.why, leg.lease.slot)
             event = _CHOSEN[leg.instance.role]
             if self._narrator.tells(event):
                 count, tokens = self._counters.in_flight(leg.lease.slot)
@@ -136,25 +122,22 @@ class Story:
                 event = Event.PREFILL_FAILED if prefill else Event.DECODE_FAILED
                 self._tell(event, url=leg.instance.url, error=error)
 
-    def _weighed(self, weighing: Weighing) -> None:
+    def _weighed(self, slots: Vector, why: Why, slot: int) -> None:
         stories, now = self._stories, _now()
-        if not self._narrator.tells(Event.WEIGHED):
+        if why.loads is None or not self._narrator.tells(Event.WEIGHED):
             return
-        loads = stories.listed(weighing.slots, weighing.loads)
-        if weighing.hits is None or weighing.scores is None:
-            loads = f", loads={loads}" if weighing.reason.startswith("load") else ""
-            self._tell(Event.NOT_WEIGHED, reason=weighing.reason, loads=loads, now=now)
+        loads = stories.listed(slots, why.loads)
+        if why.hits is None:
+            loads = f", loads={loads}" if why.reason.startswith("load") else ""
+            self._tell(Event.NOT_WEIGHED, reason=why.reason, loads=loads, now=now)
             return
         if self._narrator.tells(Event.SCORED):
-            self._scored(weighing, weighing.hits, weighing.scores)
-        met = weighing.hits > 0
-        hits = stories.listed(weighing.slots[met], weighing.hits[met])
-        self._tell(Event.WEIGHED, url=stories.url(weighing.slot), loads=loads, hits=hits, now=now)
-
-    def _scored(self, weighing: Weighing, hits: Vector, scores: NDArray[np.float64]) -> None:
-        most = max(int(weighing.loads.max()), 1)
-        for slot, hit, load, score in zip(weighing.slots, hits, weighing.loads, scores, strict=True):
-            self._tell(Event.SCORED, url=self._stories.url(int(slot)), hit=hit, load=load / most, score=score)
+            most = max(int(why.loads.max()), 1)
+            for its, hit, load, score in zip(slots, why.hits, why.loads, why.scores, strict=True):
+                self._tell(Event.SCORED, url=stories.url(int(its)), hit=hit, load=load / most, score=score)
+        met = why.hits > 0
+        hits = stories.listed(slots[met], why.hits[met])
+        self._tell(Event.WEIGHED, url=stories.url(slot), loads=loads, hits=hits, now=now)
 
     def _follow(self, leg: Choice, legs: tuple[Choice, ...]) -> None:
         """Tells of the lease's end. It may come when the next attempt, even at the same instance, has its leases."""

@@ -8,9 +8,9 @@ granted elsewhere, an attempt repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -20,21 +20,6 @@ from broker.config import Scheduler
 from broker.types import RouteRequest
 
 Vector = NDArray[np.int64]
-
-
-class Weighing(NamedTuple):
-    """How a prefix policy came to its choice; for faces that log it."""
-
-    slots: Vector
-    """The candidates."""
-    loads: Vector
-    hits: Vector | None
-    """Percentages of the prompt; None = they were not weighed, and `reason` says why."""
-    slot: int
-    """The choice."""
-    reason: str = ""
-    scores: NDArray[np.float64] | None = None
-    """The least wins; None with `hits`."""
 
 
 class Why(msgspec.Struct, frozen=True, gc=False):
@@ -47,6 +32,10 @@ class Why(msgspec.Struct, frozen=True, gc=False):
     """Leading blocks of the prompt that each had been sent; None: its prompt did not count."""
     blocks: float = 0.0
     """Of the prompt; the last one need not be full."""
+    loads: Vector | None = None
+    """Requests, where they were weighed against `hits`."""
+    hits: Vector | None = None
+    """Percentages of the prompt, where these count."""
     reason: str = ""
     """Why the prompt did not count."""
 
@@ -62,13 +51,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """As a part of the largest load."""
     hit_ratio_weight: float = 1.0
     load_balance_weight: float = 1.0
-    on_weighed: Callable[[Weighing], None] | None = None
-    """No setting: who hears of each weighing of prefixes against load."""
 
     @classmethod
-    def of(cls, settings: Scheduler, on_weighed: Callable[[Weighing], None] | None = None) -> Options:
-        names = [name for name in cls.__struct_fields__ if name != "on_weighed"]
-        return cls(**{name: getattr(settings, name) for name in names}, on_weighed=on_weighed)
+    def of(cls, settings: Scheduler) -> Options:
+        return cls(**{name: getattr(settings, name) for name in cls.__struct_fields__})
 
 
 class Loads(Protocol):

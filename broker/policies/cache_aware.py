@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 
-from broker.policies.base import Loads, Options, Vector, Weighing, Why, least
+from broker.policies.base import Loads, Options, Vector, Why, least
 from broker.prefix import PrefixIndex
 from broker.types import RouteRequest
 
@@ -44,13 +44,10 @@ class CacheAware:
         apart = most - int(loads.min())
         uneven = apart > options.balance_abs_threshold and apart > options.balance_rel_threshold * most
         if uneven or not (request.prompt or request.prompt_ids):
-            slot = int(view.slots[least(view.tokens, self._rng)])
             self._by_load = request
             reason = "load imbalanced" if uneven else "tokenize failed: empty prompt for tokenizer"
-            self.why = Why(view.tokens, reason=reason)
-            if options.on_weighed is not None:
-                options.on_weighed(Weighing(view.slots, loads, None, slot, reason))
-            return slot
+            self.why = Why(view.tokens, loads=loads, reason=reason)
+            return int(view.slots[least(view.tokens, self._rng)])
         self._by_load = None
         match = self._index.match(request)
         depths = match.depths[view.slots]
@@ -58,12 +55,9 @@ class CacheAware:
         scores = (100 - hits) / 100 * options.hit_ratio_weight
         if most:
             scores += loads / most * options.load_balance_weight
-        self.why = Why(scores, depths, match.blocks)
+        self.why = Why(scores, depths, match.blocks, loads, hits)
         best = np.flatnonzero(scores == scores.min())
-        slot = int(view.slots[best[least(view.tokens[best], self._rng)]])
-        if options.on_weighed is not None:
-            options.on_weighed(Weighing(view.slots, loads, hits, slot, scores=scores))
-        return slot
+        return int(view.slots[best[least(view.tokens[best], self._rng)]])
 
     def tokens(self, request: RouteRequest, slot: int) -> int:
         return request.prompt_tokens
