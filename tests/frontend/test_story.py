@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from broker.config import Scheduler
 from broker.errors import UpstreamBroken
 from broker.faces import FD_ROUTER, PENSTOCK
 from broker.types import EngineKind, RouteRequest
 from frontend.pair import PairChoice
 from frontend.story import Stories
+from tests.frontend.fakes import Frontend
 from tests.frontend.pairs import PairFrontend
 
+A, B = "http://10.0.0.1:80", "http://10.0.0.2:80"
 ROUTE = RouteRequest(model="tiny", prompt_tokens=10)
 NOW = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
 
@@ -91,3 +94,39 @@ def test_a_pairs_failure_is_said_of_the_leg_that_failed(one: PairFrontend, told:
     ]
     for lease in (choice.lease, choice.prefill.lease):
         lease.close()
+
+
+def test_how_prefixes_and_load_were_weighed_is_told_of_each_choice(
+    tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
+    told.set_level("DEBUG", logger="frontend")
+    settings = Scheduler(policy="cache_aware", load_balance_weight=0.5)
+    with Frontend(tmp_path, A, B, scheduler=settings) as frontend:
+        stories = Stories(FD_ROUTER, frontend.run.reader)
+        asked = RouteRequest(model="tiny", prompt="p" * 128, prompt_tokens=32)
+        held = []
+        for _ in range(3):
+            choice = frontend.dispatcher.choose(asked, (), 0.0)
+            frontend.dispatcher.placed(asked, choice)
+            stories.begin("POST", "/v1/completions", "").chosen(choice.legs)
+            held.append(choice)
+        home = held[0].instance.url
+        assert [choice.instance.url == home for choice in held] == [True, True, False]  # the third by load alone
+        lines = [line.partition(" ts_ms")[0] for line in told.messages if "cache-aware" in line]
+        assert lines == [
+            f"cache-aware score: worker={A} hit=0.0 loadRatio=0.000 score=1.000",
+            f"cache-aware score: worker={B} hit=0.0 loadRatio=0.000 score=1.000",
+            "cache-aware prefill: final strategy: cache_aware_scoring, "
+            f"selected={home}, loads=map[{A}:0 {B}:0], hitRatios=map[].",
+            *(
+                f"cache-aware score: worker={url} hit={100.0 if url == home else 0.0} "
+                f"loadRatio={float(url == home):.3f} score={0.5 if url == home else 1.0:.3f}"
+                for url in (A, B)
+            ),
+            "cache-aware prefill: final strategy: cache_aware_scoring, "
+            f"selected={home}, loads=map[{A}:{int(home == A)} {B}:{int(home == B)}], hitRatios=map[{home}:100].",
+            "cache-aware prefill: final strategy: process_tokens, reason: load imbalanced, "
+            f"loads=map[{A}:{2 * (home == A)} {B}:{2 * (home == B)}].",
+        ]
+        for choice in held:
+            choice.lease.close()
