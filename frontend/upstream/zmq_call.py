@@ -54,6 +54,8 @@ class ZmqCall(msgspec.Struct, eq=False):
     _parts: list[bytes] = []
     _held_bytes: int = 0
     _status: int = 200
+    _flows: bool = False
+    """Its answer has begun, and there is nothing else to say of it: the state of nearly every delta."""
     _started: bool = False
     _paused: bool = False
     _done: bool = False
@@ -79,6 +81,7 @@ class ZmqCall(msgspec.Struct, eq=False):
 
     def pause(self) -> None:
         self._paused = True
+        self._flows = False
 
     def resume(self) -> None:
         if self._paused:
@@ -94,10 +97,15 @@ class ZmqCall(msgspec.Struct, eq=False):
 
         A delta that is malformed or out of sequence ends the call: something of its answer is missing.
         """
+        sequence, kind, data = delta[1], delta[2], delta[3]
+        if self._flows and kind == CHUNK and sequence == self._next and type(data) is bytes and data:
+            self._next += 1
+            self._parts.append(data)
+            return len(self._parts) == 1
         if self._done or self._error is not None or self._sink is None:
             return False
+        self._flows = False
         quiet = not self._parts
-        sequence, kind, data = delta[1], delta[2], delta[3]
         if sequence != self._next:
             self.fail(UpstreamBroken(f"a part of the engine's answer was lost (part {self._next})"), abort=True)
             return True
@@ -133,16 +141,21 @@ class ZmqCall(msgspec.Struct, eq=False):
     def fail(self, error: PenstockError, *, abort: bool = False) -> None:
         """Ends the call; the client hears of it at the next `deliver`, after what it has still to hear."""
         if not self._done and self._error is None and self._sink is not None:
+            self._flows = False
             self._error = error
             if abort:
                 self._owner.abort(self)
 
     def deliver(self) -> None:
         """Tells the sink what there is. It may cancel or pause at each call."""
-        sink = self._sink
+        sink, parts = self._sink, self._parts
         if sink is None:
             return
-        parts = self._parts
+        if self._flows and parts:
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            parts.clear()
+            sink.write(data)
+            return
         if parts or (self._done and not self._started):
             if self._paused:
                 return
@@ -168,9 +181,12 @@ class ZmqCall(msgspec.Struct, eq=False):
         elif self._error is not None:
             self._end()
             sink.fail(self._error)
+        else:
+            self._flows = self._started and not self._paused
 
     def _end(self) -> None:
         self._sink = None
+        self._flows = False
         self._owner.release(self)
 
     def _headers(self) -> Headers:
