@@ -94,6 +94,8 @@ class ResponseReader:
         self._dry_bytes += len(data)
         try:
             self._parser.feed_data(data)
+            if self.is_between and not data.endswith(b"\n"):  # the next chunk's size has begun
+                self.is_between = False
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
             self._ended = True
             self.reusable = False

@@ -143,6 +143,14 @@ ANSWERS: dict[str, Sequence[bytes]] = {
     "sizes in capitals and with zeros": [HEAD, chunk(b"a"), b"000A\r\n0123456789\r\n", END],
     "a chunk in a chunk": [HEAD, chunk(b"a"), chunk(chunk(b"b") + END), END],
     "a chunk cut where it looks whole": [HEAD, chunk(b"a"), b"8\r\n1\r\nb\r\n", b"cd\r\n", END],
+    "a size cut where its rest looks like a chunk": [
+        HEAD,
+        chunk(b"a"),
+        b"1;x\r\nb\r\n1",
+        b"5\r\nhello\r\n",
+        b"x" * 14 + b"\r\n",
+        END,
+    ],
     "a stream that breaks": [HEAD, chunk(b"a"), b"zz\r\nb\r\n"],
 }
 
