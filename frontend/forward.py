@@ -505,7 +505,8 @@ class Forward(msgspec.Struct, eq=False):
             call, self._call = self._call, None
             call.cancel()
         if self._story is not None:
-            self._story.ended(self._status, duration, completed=self._first_byte is not None)
+            left = outcome is Outcome.GONE
+            self._story.ended(self._status, duration, completed=self._first_byte is not None, left=left)
         elif access.is_on:
             log_end(
                 ident=self._ident,

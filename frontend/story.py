@@ -167,7 +167,10 @@ class Story:
             if tokens:
                 self._tell(Event.TOKENS_RELEASED, url=url, tokens=left)
 
-    def ended(self, status: int, seconds: float, *, completed: bool) -> None:
+    def ended(self, status: int, seconds: float, *, completed: bool, left: bool = False) -> None:
+        """`completed`: an answer had begun. `left`: the client did, before its end."""
+        if completed and left:
+            self._tell(Event.BROKEN, error="context canceled")
         if completed:
             self._tell(Event.COMPLETED)
         self._tell(

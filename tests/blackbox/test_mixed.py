@@ -181,6 +181,7 @@ def test_a_client_that_leaves_is_seen_by_the_engine_at_once(mixed: Router) -> No
     until(lambda: engine.cut, "the engine to see it")
     assert engine.cut[0] - left < 1.0  # 0.1 on a machine of one's own
     mixed.await_line(rf"\[INFO\] .*: \[stats\] total_running=0, workers: \[{engine.url}: running=0\], .*", "out")
+    mixed.await_line(r"\[ERROR\] .*: scanner error: context canceled", "err")
 
 
 def test_sequential_requests_of_idle_instances_are_spread(mixed: Router) -> None:

@@ -79,6 +79,17 @@ def test_an_attempt_that_ends_after_the_next_began_at_the_same_pair_is_told(
     ]
 
 
+def test_a_client_that_leaves_within_its_answer_is_told_as_the_original_does(
+    one: PairFrontend, told: pytest.LogCaptureFixture
+) -> None:
+    stories = Stories(FD_ROUTER, one.run.reader)
+    stories.begin("POST", "/p", "").ended(499, 0.0, completed=False, left=True)
+    assert [line.split(" ")[0] for line in told.messages] == ["[POST]"]
+    told.clear()
+    stories.begin("POST", "/p", "").ended(200, 0.0, completed=True, left=True)
+    assert told.messages[:2] == ["scanner error: context canceled", "Request completed successfully."]
+
+
 def test_a_pairs_failure_is_said_of_the_leg_that_failed(one: PairFrontend, told: pytest.LogCaptureFixture) -> None:
     story = Stories(FD_ROUTER, one.run.reader).begin("POST", "/v1/completions", "")
     choice = choose(one)
