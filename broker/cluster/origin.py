@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from broker import wire
 from broker.cluster import borrowing, records
@@ -16,10 +17,15 @@ from broker.table import SchedulerEvent
 from broker.types import Instance
 
 PUBLISH_S = 0.01
-"""Between two publications."""
-RING_S = 0.05
-"""Between two rings of the bell, while tickets come."""
+"""Between two publications, and so between two rings of the bell."""
 MS = 1_000_000
+
+
+class Offered(NamedTuple):
+    """A place that a ticket of ours may have."""
+
+    offer: Offer
+    instance: Instance
 
 
 class Origin:
@@ -30,7 +36,6 @@ class Origin:
         self._store = store
         self._term = term
         self._score = 0  # as published
-        self._ring_at = 0.0
         self.changed = True
         """What is published is out of date."""
         self.publish_at = 0.0
@@ -48,52 +53,61 @@ class Origin:
         paces = here.line.paces_ms({ticket.home for _, ticket in front})
         load = records.encode(records.LoadRecord(tickets, tokens, paces))
         least = here.settings.min_load_score
-        ring = tickets >= least and (self._score < least or (bool(changes.new) and now >= self._ring_at))
+        ring = tickets >= least and (self._score < least or bool(changes.new))
         new = [Told(each.field, max(0, now_ns - each.offered_ns) // MS, each.record) for each in changes.new]
         self.publish_at = now + PUBLISH_S
         await self._store.publish(self._term, tickets, load, changes.gone, new, ring=ring)
         self._score = tickets
-        if ring:
-            self._ring_at = now + RING_S
 
-    async def answer(self, offers: Sequence[tuple[Offer, Instance]]) -> None:
-        """Gives each place that is offered to whoever is next and can use it."""
+    async def answer(self, offers: Sequence[Offered]) -> None:
+        """Accepts places that somebody can use, and then gives them to whoever is next."""
         here = self._here
-        taken = self._taken(offers)
-        if not taken:
+        wanted = []
+        for offered, ticket in zip(offers, self._takers(offers), strict=True):
+            if ticket is None:
+                self._decline(offered.offer)
+            else:
+                wanted.append(offered)
+        if not wanted:
             return
+        answers: list[bool] | None = None
+        try:
+            asked = [(offer.lease, f"{offer.ident}:{offer.version}") for offer, _ in wanted]
+            answers = await self._store.accept(self._term, asked)
+        finally:
+            if answers is None:  # Redis may have done it and not been able to say so
+                for offer, _ in wanted:
+                    here.own.decline(offer)
+        ours = [offered for offered, answer in zip(wanted, answers, strict=True) if answer]
+        for (offer, _), ticket in zip(ours, self._takers(ours), strict=True):
+            here.own.accepted(offer)
+            if ticket is None or here.line.lend(ticket.ident) is None:
+                self._decline(offer)
+                continue
+            here.own.granted(offer, ticket, here.clock())
+            here.line.grant_abroad(ticket, wire.RemoteLease(offer.lease, offer.host), offer.name, offer.instance)
         self.changed = True
-        asked = [(offer.lease, f"{offer.ident}:{offer.version}") for offer, _ in taken]
-        answers = await self._store.accept(self._term, asked)
-        now_ns = here.clock()
-        for (offer, ticket), ours in zip(taken, answers, strict=True):
-            if ours and here.own.accepted(ticket.ident, now_ns):
-                lease = wire.RemoteLease(offer.lease, offer.host)
-                here.line.grant_abroad(ticket, lease, offer.name, offer.instance)
-            elif not ours and here.own.refused(ticket.ident) is not None:
-                here.line.put_back(ticket, now_ns)
         here.sweep()
 
-    def _taken(self, offers: Sequence[tuple[Offer, Instance]]) -> list[tuple[Offer, Ticket]]:
-        """Who is to have which place: out of the line already. Offers that nobody can use are declined."""
+    def _takers(self, offers: Sequence[Offered]) -> list[Ticket | None]:
+        """Who is to have which place, as the line is now; they stay in it. None: nobody can use it."""
         here = self._here
         front = here.line.front(records.WINDOW)
         paces = here.line.paces_ms({ticket.home for _, ticket in front})
         line = borrowing.line(front, paces, here.clock())
-        idents = {borrowing.name(ticket.ident): ticket.ident for _, ticket in front}
+        tickets = {borrowing.name(ticket.ident): ticket for _, ticket in front}
         leaving: set[str] = set()
-        taken = []
-        for offer, instance in offers:
+        takers: list[Ticket | None] = []
+        for _, instance in offers:
             first = pick(instance.role, instance.models, line, here.token_ms, skip=leaving)
-            ticket = here.line.lend(idents[first.ident]) if first is not None else None
-            if first is None or ticket is None:
-                here.own.decline(offer)
-                here.count(SchedulerEvent.CLUSTER_DECLINED, 1)
-                continue
-            leaving.add(first.ident)
-            here.own.accepting(offer, ticket)
-            taken.append((offer, ticket))
-        return taken
+            if first is not None:
+                leaving.add(first.ident)
+            takers.append(tickets[first.ident] if first is not None else None)
+        return takers
+
+    def _decline(self, offer: Offer) -> None:
+        self._here.own.decline(offer)
+        self._here.count(SchedulerEvent.CLUSTER_DECLINED, 1)
 
     async def give_back(self) -> None:
         """Leases whose requests are over, and offers that were declined."""

@@ -17,7 +17,7 @@ import time
 
 from broker.cluster import records
 from broker.cluster.here import Here, Peer
-from broker.cluster.origin import MS, Origin
+from broker.cluster.origin import MS, Offered, Origin
 from broker.cluster.records import Offer, Returned
 from broker.cluster.store import LETTERS, Store
 from broker.cluster.thief import Thief
@@ -118,7 +118,7 @@ class Term:
         here = self._here
         self._letters = False
         letters = await self._store.collect(self._term)
-        self._letters = len(letters) >= LETTERS
+        self._letters |= len(letters) >= LETTERS  # others may have come meanwhile
         offers = []
         freed = False
         for data in letters:
@@ -126,7 +126,7 @@ class Term:
                 case Offer() as offer:
                     instance = here.read(records.as_instance, offer.instance)
                     if instance is not None:
-                        offers.append((offer, instance))
+                        offers.append(Offered(offer, instance))
                 case Returned(lease=lease, used=used, failed=failed):
                     freed |= self._thief.returned(lease, used=used, failed=failed)
         if freed:

@@ -22,6 +22,8 @@ from broker.table import SchedulerEvent
 
 LOOK_S = 0.02
 """How often a host that knows of work looks whether it has room."""
+HEARD_S = 0.01
+"""Between two surveys, when the bells of many hosts ring."""
 REST_S = 0.5
 """Between two surveys, when there are room and work but the rule sees no gain."""
 WATCH_S = 1.0
@@ -50,6 +52,7 @@ class Thief:
         self._longest_ms: int | None = None  # that the next ticket of a host with work had waited then
         self._aside: list[Lent] = []  # to be offered by the next survey
         self._refused_at = 0.0
+        self._heard = False  # since the last survey began
         self.sets = here.settings.load_shards_num
         """Sorted sets that any member uses."""
         self.hungry = True
@@ -63,9 +66,9 @@ class Thief:
 
     def heard(self) -> None:
         """Somebody has work, or has come."""
-        self.hungry = True
+        self.hungry = self._heard = True
         self._rest = LOOK_S
-        self.survey_at = 0.0
+        self.survey_at = min(self.survey_at, self._surveyed_at + HEARD_S)
 
     def returned(self, lease: str, *, used: bool, failed: bool) -> bool:
         """A place of ours came back; False: it was ours already."""
@@ -119,17 +122,19 @@ class Thief:
         self.survey_at = began + LOOK_S
         if not self._aside and not here.lending.places() and began - self._surveyed_at < WATCH_S:
             return
+        self._heard = False
         sets = self._rng.sample(range(self.sets), min(SETS, self.sets))
         found = await self._store.survey(here.settings.min_load_score, sets)
         hosts = [host for surveyed in found if (host := self._host_load(surveyed)) is not None]
-        self.hungry = bool(hosts) or self.sets > SETS
+        self.hungry = bool(hosts) or self.sets > SETS or self._heard
         self._surveyed_at = time.monotonic()
         self._longest_ms = max((host.line[0].waited_ms for host in hosts if host.line), default=None)
         proposals = self._proposals(hosts)
         self._keep_aside()
         if not proposals:
-            self._rest = min(REST_S, 2 * self._rest)
-            self.survey_at = time.monotonic() + self._rest
+            if not self._heard:
+                self._rest = min(REST_S, 2 * self._rest)
+                self.survey_at = time.monotonic() + self._rest
             return
         answers = await self._store.offer(self._term, proposals)
         offered = answers.count(1)
