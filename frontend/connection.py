@@ -362,17 +362,20 @@ class Connection(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             raise self._refuse(Malformed(f"HTTP/{version} is not spoken here"))
-        hosts = 0
-        for name, value in self.headers:
-            if name == b"host":
-                hosts += 1
-            elif name == b"expect":
-                self.expect_100_continue = value.lower() == b"100-continue"
-            elif name == b"transfer-encoding" and (value.lower() != b"chunked" or version == "1.0"):
-                raise self._refuse(Malformed("a transfer coding other than chunked is not understood"))
+        names = [name for name, _ in self.headers]
+        if b"expect" in names or b"transfer-encoding" in names:
+            self._check_framing(version)
+        hosts = names.count(b"host")
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise self._refuse(Malformed("exactly one Host header is expected"))
         return version == "1.1"
+
+    def _check_framing(self, version: str) -> None:
+        for name, value in self.headers:
+            if name == b"expect":
+                self.expect_100_continue = value.lower() == b"100-continue"
+            elif name == b"transfer-encoding" and (value.lower() != b"chunked" or version == "1.0"):
+                raise self._refuse(Malformed("a transfer coding other than chunked is not understood"))
 
     def _refuse(self, error: PenstockError) -> PenstockError:
         """Notes what the exception will mean when httptools has wrapped it."""

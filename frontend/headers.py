@@ -55,8 +55,12 @@ def returned(headers: Iterable[tuple[bytes, bytes]], *, names: bool) -> Headers:
 
 
 def _end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:
-    passed = [pair for pair in headers if pair[0] not in dropped]
-    named = [value for name, value in headers if name == b"connection"]
+    passed, named = [], []
+    for pair in headers:
+        if pair[0] not in dropped:
+            passed.append(pair)
+        elif pair[0] == b"connection":
+            named.append(pair[1])
     if named:
         # `Connection: x-mine` makes x-mine a header of that one connection (RFC 9110, 7.6.1). Framing is not the
         # peer's to drop: without the length, an answer that ends early would look whole.

@@ -34,22 +34,23 @@ class RequestHead(msgspec.Struct, frozen=True, eq=False):
     keep_alive: bool = True
 
     def trace(self) -> str:
-        return _text(self.headers, b"x_bd_logid")
+        return _first(self.headers, b"x_bd_logid").decode("latin-1")
 
 
 def read_head(
     path: str, target: str, found: Headers, *, names: bool, modern: bool = True, keep_alive: bool = True
 ) -> RequestHead:
     """`found`: all headers; `names`: whether the face gives requests names."""
+    first = dict(found[::-1])  # of each name its first value: one pass in C instead of a search for each
     return RequestHead(
         path,
         target,
         headers.for_engine(found, names=names),
-        headers.own_id(found),
-        _text(found, b"x-session-id") or None,
-        path in _ALWAYS_JSON or not _first(found, b"content-type").lower().startswith(_OPAQUE),
+        headers.own_id(found) if headers.REQUEST_ID in first else b"",
+        first.get(b"x-session-id", b"").decode("latin-1") or None,
+        path in _ALWAYS_JSON or not first.get(b"content-type", b"").lower().startswith(_OPAQUE),
         Forms(),
-        _first(found, EXPLAIN) == b"1",
+        first.get(EXPLAIN) == b"1",
         modern,
         keep_alive,
     )
@@ -67,7 +68,3 @@ def _first(found: Headers, name: bytes) -> bytes:
         if key == name:
             return value
     return b""
-
-
-def _text(found: Headers, name: bytes) -> str:
-    return _first(found, name).decode("latin-1")

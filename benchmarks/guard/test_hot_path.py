@@ -30,7 +30,7 @@ class Cost(NamedTuple):
 
 COSTS = {
     "request": Cost(bytecodes=3.13, cpu=6.8),
-    "request with a new head": Cost(bytecodes=4.42, cpu=10.5),
+    "request with a new head": Cost(bytecodes=4.26, cpu=10.5),
     "event": Cost(bytecodes=0.166, cpu=0.22),
 }
 """`request`: an unstreamed one, whose head and whose answer's are known. `event`: one more of a stream that is open."""
