@@ -1,14 +1,15 @@
 """The origin's half: what it tells of its line, which offers it takes, and the leases that its requests hold. Pure.
 
-    waits --publish--> named by an offer --+--> a place for whoever is next by `stealing.pick`: out of the line
-                                           |       accept in Redis --no--> back in line, where it stood
-                                           |             | yes
-                                           |       granted to its frontend --> taken --> ended: the lease is returned
-                                           |             +--> its client has left, its frontend died: returned at once
-                                           +--> nobody can use it: declined
+    waits --publish--> named by an offer --+--> accept in Redis --no--> (the place is not ours, nobody has moved)
+                                           |       | yes
+                                           |    a place for whoever is next by `stealing.pick`: out of the line, and
+                                           |    granted to its frontend --> taken --> ended: the lease is returned
+                                           |       +--> its client has left, its frontend died: returned at once
+                                           +--> nobody can use it, any more: declined
 
 Only the origin sends a request, and only after it took the ticket out of its own line, which it does once. So no race
-of offers, whatever Redis loses, can make one run twice. What Redis decides is whether the place is still ours to use.
+of offers, whatever Redis loses, can make one run twice. What Redis decides is whether the place is still ours to use;
+while it is asked every ticket stays where it is, in reach of the instances here.
 
 A version is drawn each time a ticket is published; the offer that is accepted uses up the version that it names.
 """
@@ -64,22 +65,12 @@ class _Granted:
     since_ns: int
 
 
-@dataclass(slots=True)
-class _Accepting:
-    """Out of the line, until Redis has answered."""
-
-    lease: Lease
-    ticket: Ticket
-    waits: bool = True
-
-
 class Borrowing:
     """Owned by the scheduler; the admission queue tells it what frontends say, the member what Redis says."""
 
     def __init__(self) -> None:
         self._serial = itertools.count(1)
         self._published: dict[Ident, str] = {}  # its field
-        self._accepting: dict[Ident, _Accepting] = {}
         self._granted: dict[Ident, _Granted] = {}
         self._running: dict[str, tuple[Lease, Peer]] = {}
         self._returns: dict[str, Lease] = {}
@@ -92,7 +83,7 @@ class Borrowing:
 
     @property
     def is_idle(self) -> bool:
-        return not (self._published or self._accepting or self._granted)
+        return not (self._published or self._granted)
 
     # -- the line ------------------------------------------------------------------------------------------
 
@@ -114,39 +105,25 @@ class Borrowing:
 
     # -- offers --------------------------------------------------------------------------------------------
 
-    def accepting(self, offer: Offer, ticket: Ticket) -> None:
-        """The ticket, out of the line now, is to have the place."""
-        self._accepting[ticket.ident] = _Accepting(Lease(offer.lease, offer.host), ticket)
+    def accepted(self, offer: Offer) -> None:
+        """The lease is ours. What the offer named is used up, in this version: thieves see it no more."""
         for ident, field in list(self._published.items()):
             if field == f"{offer.ident}:{offer.version}":
                 del self._published[ident]
 
-    def accepted(self, ident: Ident, now_ns: int) -> bool:
-        """The lease is ours. False: its request has left meanwhile, and it is returned."""
-        accepting = self._accepting.pop(ident)
-        if not accepting.waits:
-            self._return(accepting.lease)
-            return False
-        self._granted[ident] = _Granted(accepting.lease, accepting.ticket, now_ns)
-        return True
-
-    def refused(self, ident: Ident) -> Ticket | None:
-        """The place is not ours. The ticket, if it still waits: back in line with it."""
-        accepting = self._accepting.pop(ident, None)
-        return accepting.ticket if accepting is not None and accepting.waits else None
-
-    def refused_all(self) -> list[Ticket]:
-        """Redis is away: nothing that was being accepted will be."""
-        return [ticket for ident in list(self._accepting) if (ticket := self.refused(ident)) is not None]
+    def granted(self, offer: Offer, ticket: Ticket, now_ns: int) -> None:
+        """The ticket, out of the line now, has the place of an accepted offer."""
+        self._granted[ticket.ident] = _Granted(Lease(offer.lease, offer.host), ticket, now_ns)
 
     def decline(self, offer: Offer) -> None:
+        """Accepted or not, the place goes back."""
         self._return(Lease(offer.lease, offer.host))
 
     # -- what frontends say --------------------------------------------------------------------------------
 
     def __contains__(self, ident: Ident) -> bool:
         """Whether it has left the line for another host, and its frontend has not answered."""
-        return ident in self._granted or ident in self._accepting
+        return ident in self._granted
 
     def taken(self, ident: Ident) -> None:
         """Its request is on its way there."""
@@ -157,13 +134,9 @@ class Borrowing:
     def withdrawn(self, ident: Ident) -> bool:
         """Its client has left; False: it is not here."""
         granted = self._granted.pop(ident, None)
-        if granted is not None:
-            self._return(granted.lease)
-            return True
-        accepting = self._accepting.get(ident)
-        if accepting is None or not accepting.waits:
+        if granted is None:
             return False
-        accepting.waits = False
+        self._return(granted.lease)
         return True
 
     def returned(self, ident: Ident) -> Ticket | None:
@@ -185,7 +158,7 @@ class Borrowing:
 
     def forget(self, peer: Peer) -> int:
         """The frontend is dead: nothing of it runs anywhere. Returns how many of its tickets were on their way."""
-        left = [ident for ident in (*self._granted, *self._accepting) if ident[:2] == peer]
+        left = [ident for ident in self._granted if ident[:2] == peer]
         for ident in left:
             self.withdrawn(ident)
         for lease, owner in list(self._running.values()):
@@ -195,7 +168,7 @@ class Borrowing:
 
     def prune(self, lives: Iterable[Peer]) -> None:
         """Only these frontends live."""
-        peers = {ident[:2] for ident in (*self._granted, *self._accepting)} | {p for _, p in self._running.values()}
+        peers = {ident[:2] for ident in self._granted} | {peer for _, peer in self._running.values()}
         for peer in peers.difference(lives):
             self.forget(peer)
 

@@ -158,9 +158,6 @@ class Member:
             here.count(SchedulerEvent.CLUSTER_LOST, 1)
         self._term, self.peers, self.away_because = None, [], why
         self._show(ClusterState.AWAY)
-        now_ns = time.monotonic_ns()
-        for ticket in here.own.refused_all():
-            here.line.put_back(ticket, now_ns)
         here.sweep()
 
     async def _expire(self) -> None:

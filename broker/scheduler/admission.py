@@ -305,10 +305,6 @@ class Admission:
         """Takes a ticket out of the line, for another host's instance; None: it waits no more."""
         return self._queue.lend(ident)
 
-    def put_back(self, ticket: Ticket, now_ns: int) -> None:
-        """It got no place there. Followed by a sweep."""
-        self._queue.put_back(ticket, now_ns)
-
     def grant_abroad(self, ticket: Ticket, lease: wire.RemoteLease, name: str, instance: bytes) -> None:
         """Its request may go to an instance of the host called `name`. Followed by a sweep, which sends it."""
         index, life, number = ticket.ident

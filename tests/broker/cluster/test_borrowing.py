@@ -32,8 +32,8 @@ def offer(lease: str, field: str = "0.1.1:1", host: str = "thief") -> Offer:
 
 
 def borrow(own: Borrowing, waiting: Ticket, lease: str = "l1") -> None:
-    own.accepting(offer(lease), waiting)
-    assert own.accepted(waiting.ident, 0)
+    own.accepted(offer(lease))
+    own.granted(offer(lease), waiting, 0)
 
 
 def test_only_what_has_changed_is_published_again() -> None:
@@ -64,30 +64,20 @@ def test_the_version_that_an_offer_named_is_used_up_whoever_got_the_place() -> N
     own = Borrowing()
     named, next_up = ticket(1), ticket(2)
     own.changes(front(named, next_up))
-    own.accepting(offer("l1", "0.1.1:1"), next_up)
+    own.accepted(offer("l1", "0.1.1:1"))
+    own.granted(offer("l1", "0.1.1:1"), next_up, 0)
     changes = own.changes(front(named))
     assert changes.gone == ["0.1.2:2"]  # accept.lua has removed the other one
     assert [new.field for new in changes.new] == ["0.1.1:3"]
 
 
-def test_a_client_that_leaves_while_redis_is_asked_returns_the_place() -> None:
+def test_a_client_that_leaves_before_its_frontend_has_answered_returns_the_place() -> None:
     own = Borrowing()
-    own.accepting(offer("l1"), ticket(1))
+    borrow(own, ticket(1))
     assert own.withdrawn((0, 1, 1))
     assert not own.withdrawn((0, 1, 1))
-    assert not own.accepted((0, 1, 1), 0)
     assert own.returns == [Lease("l1", "thief")]
     assert own.leases == []
-
-
-def test_what_redis_refuses_goes_back_in_line_unless_its_client_has_left() -> None:
-    own = Borrowing()
-    stays, leaves = ticket(1), ticket(2)
-    own.accepting(offer("l1"), stays)
-    own.accepting(offer("l2"), leaves)
-    own.withdrawn(leaves.ident)
-    assert own.refused_all() == [stays]
-    assert own.returns == []
     assert own.is_idle
 
 
@@ -126,8 +116,7 @@ def test_what_runs_is_known_to_the_next_scheduler_by_its_frontends() -> None:
 
 def test_a_frontend_that_does_not_react_is_told_by_its_oldest_grant() -> None:
     own = Borrowing()
-    own.accepting(offer("l1"), ticket(1))
-    own.accepted((0, 1, 1), 5 * S)
+    own.granted(offer("l1"), ticket(1), 5 * S)
     assert own.unheeded(5 * S) == set()
     assert own.unheeded(6 * S) == {(0, 1)}
     assert own.forget((0, 1)) == 1
@@ -150,8 +139,6 @@ class Life(RuleBasedStateMachine):
         self.own = Borrowing()
         self.numbers = itertools.count(1)
         self.waiting: dict[Ident, Ticket] = {}
-        self.accepting: dict[Ident, str] = {}  # lease
-        self.left: set[Ident] = set()  # while being accepted
         self.granted: dict[Ident, str] = {}
         self.running: dict[str, Ident] = {}
         self.back: set[str] = set()
@@ -163,43 +150,25 @@ class Life(RuleBasedStateMachine):
         self.waiting[new.ident] = new
 
     @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def offered(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), needed=st.booleans())
+    def offered(self, data: st.DataObject, needed: bool) -> None:
         self.own.changes(front(*self.waiting.values()))
         chosen = data.draw(st.sampled_from(sorted(self.waiting)))
         lease = f"l{next(self.numbers)}"
-        self.own.accepting(offer(lease), self.waiting.pop(chosen))
-        self.accepting[chosen] = lease
-
-    @precondition(lambda self: self.accepting)
-    @rule(data=st.data(), ours=st.booleans())
-    def answered(self, data: st.DataObject, ours: bool) -> None:
-        ident = data.draw(st.sampled_from(sorted(self.accepting)))
-        lease = self.accepting.pop(ident)
-        gone = ident in self.left
-        self.left.discard(ident)
-        if ours:
-            assert self.own.accepted(ident, 0) is not gone
-            if gone:
-                self.back.add(lease)
-            else:
-                self.granted[ident] = lease
+        self.own.accepted(offer(lease))
+        if needed:
+            self.own.granted(offer(lease), self.waiting.pop(chosen), 0)
+            self.granted[chosen] = lease
         else:
-            back = self.own.refused(ident)
-            assert (back is None) is gone
-            if back is not None:
-                self.waiting[ident] = back
+            self.own.decline(offer(lease))
+            self.back.add(lease)
 
-    @precondition(lambda self: self.accepting or self.granted)
+    @precondition(lambda self: self.granted)
     @rule(data=st.data())
     def client_leaves(self, data: st.DataObject) -> None:
-        ident = data.draw(st.sampled_from(sorted({*self.accepting, *self.granted})))
-        known = ident not in self.left
-        assert self.own.withdrawn(ident) is known
-        if ident in self.granted:
-            self.back.add(self.granted.pop(ident))
-        else:
-            self.left.add(ident)
+        ident = data.draw(st.sampled_from(sorted(self.granted)))
+        assert self.own.withdrawn(ident)
+        self.back.add(self.granted.pop(ident))
 
     @precondition(lambda self: self.granted)
     @rule(data=st.data(), usable=st.booleans())
@@ -226,8 +195,6 @@ class Life(RuleBasedStateMachine):
     @rule(row=st.integers(0, 1))
     def frontend_dies(self, row: int) -> None:
         self.own.forget((row, 1))
-        for ident in [ident for ident in self.accepting if ident[0] == row]:
-            self.left.add(ident)
         for ident in [ident for ident in self.granted if ident[0] == row]:
             self.back.add(self.granted.pop(ident))
         for lease in [lease for lease, ident in self.running.items() if ident[0] == row]:
@@ -236,12 +203,7 @@ class Life(RuleBasedStateMachine):
         self.waiting = {ident: waits for ident, waits in self.waiting.items() if ident[0] != row}
 
     @rule()
-    def redis_goes_away(self) -> None:
-        back = self.own.refused_all()
-        assert {each.ident for each in back} == set(self.accepting) - self.left
-        self.waiting.update((each.ident, each) for each in back)
-        self.accepting.clear()
-        self.left.clear()
+    def term_ends(self) -> None:
         self.own.forget_published()
 
     @invariant()
@@ -251,8 +213,8 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def a_ticket_is_in_one_place(self) -> None:
-        away = {ident for ident in (*self.waiting, *self.accepting, *self.granted) if ident in self.own}
-        assert away == {*self.accepting, *self.granted}
+        away = {ident for ident in (*self.waiting, *self.granted) if ident in self.own}
+        assert away == set(self.granted)
         assert not away & set(self.waiting)
 
 

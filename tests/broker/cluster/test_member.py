@@ -85,9 +85,6 @@ class Host:
     def lend(self, ident: Ident) -> Ticket | None:
         return self.waits.pop(ident, None)
 
-    def put_back(self, ticket: Ticket, now_ns: int) -> None:
-        self.waits[ticket.ident] = ticket
-
     def grant_abroad(self, ticket: Ticket, lease: wire.RemoteLease, name: str, instance: bytes) -> None:
         self.grants.append((ticket.ident[2], lease, name, instance))
         self.own.taken(ticket.ident)
