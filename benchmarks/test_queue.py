@@ -180,7 +180,7 @@ ENGINES = 2
 
 @pytest.mark.benchmark(group="queue-burst")
 def test_what_a_burst_of_tickets_costs(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
-    """As many requests at once as 2 engines of 4 places can take in 250 turns, beside the same at engines that take all.
+    """As many requests at once as 2 engines of 4 places take in 250 turns, beside the same at engines that take all.
 
     Tickets, grants and leases of one turn of a loop travel together, so what a ticket costs is less than what one
     message does. CPU of frontend and scheduler by request, from the first to the last byte.

@@ -18,7 +18,8 @@ from broker import wire
 from broker.aborting import names
 from broker.policies.base import Vector
 from broker.types import Role
-from broker.view import Seen, TableReader
+from broker.vectors import Seen
+from broker.view import TableReader
 from frontend.decisions import Decisions, Failed, Granted, Queued, Record, Rescued, Sent, Step
 from frontend.dispatch import Choice, Considered
 
