@@ -206,11 +206,17 @@ def _members(data: bytes, kind: type[Body]) -> dict[str, Any]:
 
 def _fields(tree: dict[str, Any], kind: type[Body]) -> dict[str, Any]:
     fields = {name: tree.get(name) for name in kind.__struct_fields__}
+    fields |= {name: _encodable(fields[name]) for name in ("model", "session_id", "req_id") if name in fields}
     return fields | {"tools": msgspec.Raw(json.dumps(tree.get("tools")).encode())}
 
 
+def _encodable(value: object) -> object:
+    """Names end up in answers and logs, which half a surrogate would break; nobody is called so."""
+    return _word(value) if isinstance(value, str) else value
+
+
 def _word(value: object) -> str:
-    return value if isinstance(value, str) else ""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
 def parse(data: bytes) -> Body:

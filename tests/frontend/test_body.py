@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -148,6 +149,15 @@ def test_deep_nesting_is_refused_not_a_crash() -> None:
     for opening in (b'{"a":', b'{"messages":['):
         with pytest.raises(BadRequest):
             body.parse(opening * 200_000)
+
+
+@pytest.mark.parametrize("parse", [body.parse, body.parse_freely])
+def test_half_a_surrogate_in_a_name_is_shown_as_a_question_mark(parse: Callable[[bytes], body.Body]) -> None:
+    read = parse(b'{"model": "a\\ud83d", "session_id": "\\ud83d", "req_id": "\\ud83d", "prompt": "b"}')
+    assert (read.model, read.session()) == ("a?", "?")
+    assert all(value == "?" for _, value in read.tags())
+    nested = body.parse_freely(b'{"extra_body": {"session_id": "\\ud83d"}, "prompt": "b"}')
+    assert nested.session() == "?"
 
 
 def crowd(unit: str, before: str = "", after: str = "") -> bytes:
