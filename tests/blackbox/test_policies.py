@@ -123,6 +123,16 @@ def test_uneven_loads_are_balanced_first(aware: Router) -> None:
     )
 
 
+def test_more_blocks_than_the_originals_tree_can_hold_stop_nothing(aware: Router) -> None:
+    """It stands still for good at 200,000 nodes. `tests/stress` has as many prompts; here they are blocks of two."""
+    for start in (0, 1 << 24):
+        prompt = "".join(f"{number:08x}" for number in range(start, start + 75_000))  # 150,000 blocks of four
+        first = aware.chat(prompt)
+        assert first.status == 200
+        assert aware.chat(prompt).json()["from"] == first.json()["from"]
+    assert aware.chat("and on it goes").status == 200
+
+
 def test_a_session_that_stays_is_a_hit(aware: Router) -> None:
     before = [aware.metric(f"router_cache_{name}_total")[""] for name in ("hit", "request")]
     for _ in range(3):
