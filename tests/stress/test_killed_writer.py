@@ -88,7 +88,9 @@ def test_without_repair_the_row_stays_as_it_was(tmp_path: Path) -> None:
 
 
 def test_without_the_readers_check_the_torn_row_is_accepted(tmp_path: Path) -> None:
-    assert "a torn row was accepted" in _kills(tmp_path / "s", 1, repair=True, reader_kind=UncheckedReader)
+    # A kill between the sequence and the first column tears nothing that could be accepted: then another one is needed.
+    runs = (_kills(tmp_path / f"s{k}", 1, repair=True, reader_kind=UncheckedReader) for k in range(5))
+    assert any("a torn row was accepted" in findings for findings in runs)
 
 
 @pytest.mark.parametrize("looks", [2_000, pytest.param(1_000_000, marks=pytest.mark.stress)])
