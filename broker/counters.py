@@ -304,8 +304,11 @@ class CountersReader:
         return [(int(row), int(roster[row, RosterColumn.PID])) for row in rows]
 
     def lives(self) -> list[tuple[int, int]]:
-        """(row, life) of the frontends in the roster."""
-        return [(row, int(self._roster[row, RosterColumn.LIFE])) for row, _ in self.live()]
+        """(row, life) of the frontends in the roster, those included that take no more connections: what they have goes
+        on."""
+        roster = self._roster[: self.rows]
+        rows = np.flatnonzero(roster[:, RosterColumn.STATE] != RosterState.EMPTY)
+        return [(int(row), int(roster[row, RosterColumn.LIFE])) for row in rows]
 
 
 class Roster:

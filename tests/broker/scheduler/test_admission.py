@@ -259,6 +259,16 @@ def test_an_expired_ticket_is_forgotten(queue: Queue) -> None:
     assert queue.cell(QueueColumn.TICKETS, A) == queue.cell(QueueColumn.TOKENS, A) == 0
 
 
+def test_a_frontend_that_is_swapped_out_keeps_its_places_in_line(queue: Queue) -> None:
+    leases = queue.fill()
+    queue.offer(0, 1)
+    queue.sweep()
+    queue.run.roster.leaves(0)  # it takes no more connections; its requests go on
+    queue.admission.tick(queue.now)
+    leases[A].close()
+    assert queue.granted() == [(0, 1, A)]
+
+
 def test_a_dead_frontends_tickets_and_reservations_vanish(queue: Queue) -> None:
     queue.fill()[A].close()
     queue.offer(0, 1, 2)
