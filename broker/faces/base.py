@@ -152,6 +152,8 @@ class Face:
     estimate: Callable[[list[str], int], Estimate]
     retries_answers: bool
     """An engine's answer that it cannot take the request (502, 503) moves the request on; else only silence does."""
+    counts_lost: bool
+    """A request that a kept connection lost counts as an attempt; else it is sent once more, uncounted."""
     guards_transfer: bool
     """Members by which engines are told where to fetch a prefill are refused in a client's body; else overwritten."""
     compares_sizes: bool

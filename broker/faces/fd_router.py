@@ -239,6 +239,7 @@ FD_ROUTER = Face(
     reason=reason,
     relays_lines=True,
     checks_body=False,
+    counts_lost=True,
     guards_transfer=False,
     compares_sizes=False,
     estimate=estimate,

@@ -84,6 +84,7 @@ PENSTOCK = Face(
     reason=lambda failure: failure.message,
     relays_lines=False,
     checks_body=True,
+    counts_lost=False,
     guards_transfer=True,
     compares_sizes=True,
     estimate=estimate,

@@ -19,6 +19,7 @@ import msgspec
 
 from broker.config import Config
 from broker.errors import BadRequest, ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
+from broker.faces import face_of
 from broker.types import Instance
 from frontend.known_heads import KnownHeads
 from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, UpstreamRequest, WholeSink
@@ -36,6 +37,8 @@ class HttpUpstream:
         self._limit = config.upstream.connections
         self._connect_s = config.timeouts.connect_secs
         self._idle_s = idle_s
+        # Where whoever forwards tries again anyway, a face may want to count every time that an engine is asked.
+        self._revives = config.server.splitwise or not face_of(config).counts_lost
         self._loop = asyncio.get_running_loop()
         self._pools: dict[str, Pool] = {}
         self._retired: list[Pool] = []
@@ -55,7 +58,7 @@ class HttpUpstream:
             pool = self._pools.get(instance.url)
             if pool is None:
                 pool = self._pools[instance.url] = Pool(
-                    instance.url, self._limit, self._loop, self._idle_s, self._known
+                    instance.url, self._limit, self._loop, self._idle_s, self._known, revives=self._revives
                 )
             call.ask(pool, request)
         except PenstockError as e:
@@ -183,8 +186,9 @@ class HttpCall(msgspec.Struct, eq=False):
         pool = self._pool
         assert pool is not None
         self._connection = None
-        if self._retried:
-            self.fail(UpstreamBroken("the engine closed a kept connection instead of answering, twice"))
+        if self._retried or not pool.revives:
+            again = ", twice" if self._retried else ""
+            self.fail(UpstreamBroken(f"the engine closed a kept connection instead of answering{again}"))
             return
         self._retried = True
         # Not another kept one: what closed this one has most likely closed them all.

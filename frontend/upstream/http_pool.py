@@ -76,9 +76,13 @@ class Pool:
         loop: asyncio.AbstractEventLoop,
         idle_s: float = IDLE_S,
         known: KnownHeads[AnswerHead] | None = None,
+        *,
+        revives: bool = True,
     ) -> None:
-        """`limit`: connections open or being opened at once. Raises `ConnectFailed` for a URL it cannot use."""
+        """`limit`: connections open or being opened at once. `revives`: a call that a kept connection lost is sent once
+        more. Raises `ConnectFailed` for a URL it cannot use."""
         self.url = url
+        self.revives = revives
         self.known = KnownHeads() if known is None else known
         """Those of engines of one kind are alike."""
         self.address = Address(url)

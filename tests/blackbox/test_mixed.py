@@ -92,11 +92,12 @@ def test_an_engines_status_body_and_headers_come_through_once(mixed: Router, sta
 
 def test_three_attempts_then_502(mixed: Router) -> None:
     engine = mixed.engine()
+    assert mixed.chat().status == 200  # so that there is a connection that was kept
     engine.script = scripts.reset
     answer = mixed.chat()
     assert answer.status == 502
     assert answer.json()["error"].startswith("Failed to connect to backend service: ")
-    assert len(engine.asked) == 3
+    assert len(engine.asked) == 1 + 3
     for attempt in (1, 2, 3):
         mixed.await_line(rf"\[ERROR\] .*: Request failed \(attempt {attempt}/3\): .*", "err")
     mixed.await_line(rf"\[ERROR\] .*: Backend request failed for {engine.url}: .*", "err")
