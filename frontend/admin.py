@@ -16,7 +16,7 @@ from broker import wire
 from broker.config import Config
 from broker.errors import UNDECODABLE, BadRequest, BodyTooLarge, ModelNotFound, PenstockError, SchedulerAway
 from broker.faces import Face, face_of
-from broker.table import State
+from broker.table import ClusterState, State
 from broker.types import Role
 from broker.view import TableReader
 from frontend import errors, fleet
@@ -43,7 +43,6 @@ class Admin:
         self._table = table
         self._control = control
         self._metrics = metrics
-        self._shares = config.scheduler.name == "global"
         self._since = int(time.time())
 
     # -- the fleet ---------------------------------------------------------------------------------------------
@@ -80,7 +79,7 @@ class Admin:
                 "tokens": sum(row.tokens for row in rows),
                 "instances": rows,
                 "scheduler": self._scheduler(time.monotonic_ns()),
-                **({"cluster": await self._members()} if self._shares else {}),
+                **({"cluster": await self._members()} if self._shares() else {}),
             }
         )
 
@@ -144,7 +143,7 @@ class Admin:
             "reasons": reasons,
             "instances": {role.name.lower(): count for role, count in ready.items()},
             "scheduler": self._scheduler(time.monotonic_ns()),
-            **({"cluster": self._cluster()} if self._shares else {}),
+            **({"cluster": self._cluster()} if self._shares() else {}),
         }
         return json_response(details, 503 if reasons else 200, {"retry-after": "1"} if reasons else None)
 
@@ -165,6 +164,9 @@ class Admin:
 
     def _model(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._since, "owned_by": "penstock"}
+
+    def _shares(self) -> bool:
+        return self._table.cluster[0] is not ClusterState.OFF
 
     def _cluster(self) -> dict[str, Any]:
         """Whether this host shares with others now. Alone it serves all the same."""

@@ -83,7 +83,8 @@ class Borrowing:
 
     @property
     def is_idle(self) -> bool:
-        return not (self._published or self._granted)
+        """Whether no frontend is to react: then time changes nothing."""
+        return not self._granted
 
     # -- the line ------------------------------------------------------------------------------------------
 
