@@ -49,7 +49,7 @@ stress: $(STAMP) ## races and kills in real processes, each also with its protec
 cluster-demo: $(STAMP) ## a Redis and three hosts under skewed load, and who helps whom; ends with Ctrl-C
 	@exec $(BIN)/python -m tests.chaos.demo $(ARGS)
 
-chaos: $(STAMP) ## kill -9 in a cluster of three hosts for ten minutes; SECONDS=600 SEED=..
+chaos: $(STAMP) ## kill -9 in a cluster of three hosts for ten minutes; SECONDS=600 SEED=.. ARGS=--freezes
 	$(BIN)/python -m tests.chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 e2e-vllm: $(STAMP) ## end to end with a real vLLM; VLLM_VENV names its virtual environment

@@ -131,8 +131,9 @@ class Blows:
                 repair = self._again_host(blow)
             case _:
                 name = self._process(kind, host)
+                epoch = await asyncio.to_thread(self._epoch, host)
                 pid = await asyncio.to_thread(self._hosts[host].kill, name)
-                repair = self._again_process(blow, name, pid)
+                repair = self._again_process(blow, name, pid, epoch + (kind is Kind.SCHEDULER))
         self._repairs.add(asyncio.create_task(repair))
         self._say(
             f"{blow.at - self._began:6.1f} s  {len(self.struck):3}  {blow!s:18} {blow.streams:3} streams under way, "
@@ -181,6 +182,7 @@ class Blows:
         await asyncio.sleep(self._rng.uniform(*FROZEN_S))  # the time is the point
         with contextlib.suppress(psutil.NoSuchProcess):  # killed meanwhile
             process.resume()
+        await self._served(blow, 0)
         blow.over = time.monotonic()
 
     async def _again_host(self, blow: Blow) -> None:
@@ -188,7 +190,7 @@ class Blows:
         self._down.discard(blow.host)
         blow.over = time.monotonic()
 
-    async def _again_process(self, blow: Blow, name: str, pid: int) -> None:
+    async def _again_process(self, blow: Blow, name: str, pid: int, epoch: int) -> None:
         """Its supervisor sees to that, unless it is killed meanwhile."""
         host = self._hosts[blow.host]
         supervisor = host.supervisor
@@ -200,4 +202,26 @@ class Blows:
             return process is not None and process.pid != pid
 
         await eventually(replaced, lambda: f"{name} of host {blow.host} replaced", RESTART_WITHIN)
+        await self._served(blow, epoch)
         blow.over = time.monotonic()
+
+    async def _served(self, blow: Blow, epoch: int) -> None:
+        """A scheduler of at least that epoch is at work: a process may be there long before it does anything."""
+        host = self._hosts[blow.host]
+
+        def serves() -> bool:
+            if not self.is_up(blow.host):
+                return True  # killed as a whole meanwhile
+            with contextlib.suppress(OSError):
+                scheduler = host.get("/ready")[1]["scheduler"]
+                return bool(scheduler["state"] == "alive" and scheduler["epoch"] >= epoch)
+            return False
+
+        deadline = time.monotonic() + RESTART_WITHIN
+        while not await asyncio.to_thread(serves):
+            assert time.monotonic() < deadline, f"no scheduler at host {blow.host} after {blow}"
+            await asyncio.sleep(0.1)
+
+    def _epoch(self, host: int) -> int:
+        epoch: int = self._hosts[host].get("/ready")[1]["scheduler"]["epoch"]
+        return epoch
