@@ -88,7 +88,7 @@ def main() -> None:
 def serve(flags: dict[str, str | bool]) -> int:
     """Runs until told to stop; returns the exit code."""
     from broker import cli, supervisor  # a second of imports, which help and version need not wait for
-    from broker.errors import PenstockError
+    from broker.errors import ConfigError, PenstockError
     from broker.faces import FD_ROUTER
 
     try:
@@ -100,8 +100,18 @@ def serve(flags: dict[str, str | bool]) -> int:
         )
         return supervisor.serve(settings, doubts=doubts)
     except PenstockError as e:
-        print(FD_ROUTER.start_failure(e), file=sys.stderr)
+        fault = port_fault(str(flags.get("port") or "")) if isinstance(e, ConfigError) else ""
+        print(FD_ROUTER.start_failure(PenstockError(fault) if fault else e), file=sys.stderr)
         return 1
+
+
+def port_fault(port: str) -> str:
+    """What Go says of a port when it comes to listening. Empty: it is one, or none was given."""
+    if not port or (port.isascii() and port.isdigit() and 0 < int(port) <= 65535):
+        return ""
+    if port.removeprefix("-").isdigit():
+        return f"listen tcp: address {port}: invalid port"
+    return f"listen tcp: lookup tcp/{port}: unknown port"
 
 
 if __name__ == "__main__":

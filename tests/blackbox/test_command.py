@@ -27,6 +27,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "fastdeploy"
         ),
         (["-config_path=bad.yaml"], 1, r".*Failed to load config: failed to parse config: .*"),
         (["--config_path=policy.yaml"], 1, r".*Failed to load config: .*bogus.*request_num.*"),
+        (["-port", "99999"], 1, r".*Failed to start server: listen tcp: address 99999: invalid port"),
         (["-nope"], 2, r"flag provided but not defined: -nope"),
         (["--port"], 2, r"flag needs an argument: -port"),
         (["--splitwise=perhaps"], 2, r'invalid boolean value "perhaps" for -splitwise: parse error'),

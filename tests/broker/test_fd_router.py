@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from broker.fd_router import Usage, parse, version
+from broker.fd_router import Usage, parse, port_fault, version
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,21 @@ def test_what_cannot_be_used_is_said_as_go_says_it(line: str, said: str) -> None
     with pytest.raises(Usage) as found:
         parse(line.split())
     assert str(found.value) == said
+
+
+@pytest.mark.parametrize(
+    ("port", "said"),
+    [
+        ("", ""),
+        ("1", ""),
+        ("65535", ""),
+        ("65536", "listen tcp: address 65536: invalid port"),
+        ("-1", "listen tcp: address -1: invalid port"),
+        ("http", "listen tcp: lookup tcp/http: unknown port"),
+    ],
+)
+def test_a_port_that_is_none(port: str, said: str) -> None:
+    assert port_fault(port) == said
 
 
 def test_the_version_has_the_originals_lines() -> None:
