@@ -22,7 +22,7 @@ FASTDEPLOY = Options(hit_ratio_weight=1.0, load_balance_weight=0.05, balance_abs
 
 
 def _shipped(name: str) -> Callable[[], Maker]:
-    return lambda: lambda rng, index: make_policy(name, FASTDEPLOY, rng, rng.random(), index)
+    return lambda: lambda rng, index, clock: make_policy(name, FASTDEPLOY, rng, rng.random(), index, clock)
 
 
 def _one_for_all(make: Callable[[Random], Policy]) -> Callable[[], Maker]:
@@ -31,7 +31,7 @@ def _one_for_all(make: Callable[[Random], Policy]) -> Callable[[], Maker]:
     def router() -> Maker:
         made: list[Policy] = []
 
-        def maker(rng: Random, _index: PrefixIndex) -> Policy:
+        def maker(rng: Random, _index: PrefixIndex, _clock: Callable[[], float]) -> Policy:
             if not made:
                 made.append(make(rng))
             return made[0]

@@ -25,8 +25,8 @@ NOTICES_S = 0.02
 """From a decision until the other frontend sees it."""
 
 Vector = NDArray[np.int64]
-Maker = Callable[[Random, PrefixIndex], Policy]
-"""Makes one frontend's policy."""
+Maker = Callable[[Random, PrefixIndex, Callable[[], float]], Policy]
+"""Makes one frontend's policy; it is told the virtual time."""
 
 
 class Counters:
@@ -54,12 +54,18 @@ class Router:
         self._writer = PrefixWriter(segment, dict.fromkeys(range(engines), 1))
         readers = [Segment.attach(path) for _ in range(FRONTENDS)]
         self._indexes = [PrefixIndex(reader, k, block=block) for k, reader in enumerate(readers)]
-        self._policies = [make(Random(f"{seed}/{k}"), index) for k, index in enumerate(self._indexes)]
+        self._now = 0.0
+        self._policies = [make(Random(f"{seed}/{k}"), index, self.time) for k, index in enumerate(self._indexes)]
         self._on_the_way: deque[tuple[float, RoutingNotices]] = deque()
         self._turn = 0
         self.view = Counters(engines)
 
+    def time(self) -> float:
+        """Of the decision."""
+        return self._now
+
     def route(self, job: Job, now: float) -> int:
+        self._now = now
         while self._on_the_way and self._on_the_way[0][0] <= now:
             _, notices = self._on_the_way.popleft()
             self._writer.apply(notices)

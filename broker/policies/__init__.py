@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from random import Random
 
@@ -48,10 +49,12 @@ POLICIES: dict[str, Callable[[Options, Random, float], Picker]] = {
 }
 """FastDeploy's names that decide by load alone. Each role has a policy of its own: none shares a turn with another."""
 
-INDEXED: dict[str, Callable[[Options, Random, PrefixIndex], Policy]] = {
-    "cache_aware": lambda options, rng, index: CacheAware(options, rng, index),
-    "remote_cache_aware": lambda options, rng, index: RemoteCacheAware(options, rng, index),
-    "prefix_cost": lambda _options, rng, index: PrefixCost(rng, index),
+Clock = Callable[[], float]
+
+INDEXED: dict[str, Callable[[Options, Random, PrefixIndex, Clock], Policy]] = {
+    "cache_aware": lambda options, rng, index, _clock: CacheAware(options, rng, index),
+    "remote_cache_aware": lambda options, rng, index, _clock: RemoteCacheAware(options, rng, index),
+    "prefix_cost": lambda _options, rng, index, clock: PrefixCost(rng, index, clock),
 }
 """Those that look prompts up in the prefix index. One index serves all roles of a frontend."""
 
@@ -80,8 +83,16 @@ def need_index(config: Config) -> bool:
     return not INDEXED.keys().isdisjoint(in_use(config).values())
 
 
-def make_policy(name: str, options: Options, rng: Random, offset: float, index: PrefixIndex | None = None) -> Policy:
-    """The policy of that name. `offset` is k/N for frontend k of N: where on the circle its round robin starts.
+def make_policy(
+    name: str,
+    options: Options,
+    rng: Random,
+    offset: float,
+    index: PrefixIndex | None = None,
+    clock: Clock = time.monotonic,
+) -> Policy:
+    """The policy of that name. `offset` is k/N for frontend k of N: where on the circle its round robin starts. `clock`
+    counts seconds.
 
     Raises `ConfigError` with a sentence that lists the known names; `ValueError` for an `INDEXED` one without index.
     """
@@ -91,7 +102,7 @@ def make_policy(name: str, options: Options, rng: Random, offset: float, index: 
         raise ConfigError(f"unknown policy {name!r}; known: {', '.join([*POLICIES, *INDEXED])}")
     if index is None:
         raise ValueError(f"{name} needs a prefix index")
-    return INDEXED[name](options, rng, index)
+    return INDEXED[name](options, rng, index, clock)
 
 
 def frontend_rng(seed: int, frontend: int) -> Random:

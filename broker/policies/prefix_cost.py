@@ -1,88 +1,95 @@
-"""`prefix_cost`: the instance where a prompt costs least, its own waiting and that of others behind it included."""
+"""`prefix_cost`: the instance where a prompt costs least time, its own and that of those who come behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.policies.backlog import Backlog
 from broker.policies.base import Loads, Why, least
 from broker.prefix import Match, PrefixIndex
 from broker.types import RouteRequest
 
 Costs = NDArray[np.float64]
 
-QUEUED = 0.05
-"""What a token queued at the instance costs, when one that must be computed anew costs 1: work done twice delays all
-who come behind it, a queue only those in it."""
+BEHIND = 19.0
+"""Requests that a token computed twice delays, besides its own."""
 COPIES = 2.0
-"""A beginning of prompts may have this many times its fair number of copies before a copy costs its full price."""
-UNSURE = 64.0
+"""With this many times its fair number of copies another one is pure loss."""
+UNSURE = 8.0
 """Requests that are taken to have been without it when the share of a beginning is estimated."""
-CROWDED = 1.8
+SAMPLES = 32
+"""Places of a prompt at which a copy's price is looked up."""
+CROWDED = 6.0
 """What being twice as crowded as the mean costs, in mean requests."""
 FEW = 8.0
 """Added to the mean number of requests there: with few in flight, a difference of some is chance."""
-SPENT = 0.7
+SPENT = 10.0
 """What having had twice the mean work of late costs, in mean requests."""
 MEMORY = 4096
 """Decisions that "of late" reaches back."""
+KEPT = 128.0
+"""Requests to each instance until half of what it was sent is taken for evicted."""
 LEARNING = 1 / 256
 """Weight of the newest request in the mean."""
 
 
 class PrefixCost:
-    """Least cost, in tokens, of these four; no setting, and no unit that depends on the tokenizer or on the fleet:
+    """Least cost of these four. Their unit is a prompt token's computation, so no setting depends on the tokenizer, on
+    the engines' speed or on their number:
 
-    * the prompt's tokens that the instance has not seen, at their price: 1, less for beginnings that are hot;
-    * 0.05 of the tokens queued there (prompts that have no first token yet);
-    * how much more crowded than the mean it is: requests in flight, in units of the mean request's work;
-    * the work it had of late, which keeps the fleet even when nothing else tells the instances apart.
+    * **what is queued there**: prompts without a first token, less what time has done of them (`Backlog`);
+    * **what must be computed there though another instance has it**: once for the request's own wait, and `BEHIND`
+      times its price for those who come behind;
+    * **how crowded it is**: requests in flight, which delay each other's tokens and hold slots. A third of a mean
+      request for one more in flight than the usual nine: it decides where nothing is queued;
+    * **the work it had of late**: a tenth of a mean request for a hundredth more than the mean. It keeps the fleet even
+      when nothing else tells the instances apart. Nobody tells the index what engines have evicted, and that is work
+      too: the longer ago a beginning was used, the more of it counts as if it were new.
 
-    **The price of a copy.** A fixed weight between cache and load is wrong for somebody: a small weight on load lets
-    everybody who begins alike queue at one instance, a large one copies what nobody else will ask for. What decides is
-    how many will use the copy. Of the recent requests a share `s` begins with a block; so `s` of the fleet, `s x n`
-    instances, can be kept busy by it. While there are fewer than twice as many copies, another one is an investment
-    and costs a part, `(copies / 2 s n)^2`, of the work it takes; from there on, all of it. Heads that everybody has
-    spread at the first sign of a queue; a document that three requests share stays where it is.
-
-    **Crowding** counts by the power 1.5 of the relative difference, so that it decides where outputs differ widely and
-    slots are short, and is silent where all instances have about the same number of requests.
+    **The price of a copy.** A fixed weight between cache and load is wrong for somebody. With a light load term all who
+    begin alike queue at one instance; with a heavy one everybody copies what nobody else will ask for, and the fleet
+    drowns in work done twice. What decides is how many share a copy. Of the recent requests a share `s` begins with a
+    block. Were its holders to do their part of the work and no more, it would need to be at `s x n` of n instances:
+    that is its fair number of copies. Below it, holders are busier than the rest, and another copy pays for itself:
+    price 0. From there the price rises, to 1 at `COPIES` times the number. So a head that everybody has spreads as soon
+    as there is a queue, and a document that three requests share stays where it is.
 
     Ties are drawn. `tokens` is what the instance has to compute for the request: the lease must be taken for that many,
     so that the view's tokens are the work that is queued, and not prompts that are mostly cached.
+
+    Two frontends know nothing of each other's `SPENT`, and need not: each keeps its own requests even.
     """
 
     counts_prompts = True
 
-    def __init__(self, rng: Random, index: PrefixIndex) -> None:
+    def __init__(self, rng: Random, index: PrefixIndex, clock: Callable[[], float] = time.monotonic) -> None:
         self._rng = rng
         self._index = index
+        self._clock = clock
+        self._backlog = Backlog(index.slots)
+        self._fleet = 1
+        """Candidates of the last choice."""
         self._mean = 0.0
         """Uncached tokens of a request."""
-        self._spent: Costs = np.zeros(0)
-        """Uncached tokens sent to each slot by this frontend, fading."""
+        self._spent: Costs = np.zeros(index.slots)
+        """Work sent to each slot by this frontend, in tokens, fading."""
         self.why: Why | None = None
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
-        slots = view.slots
+        """Costs are relative: a constant for all candidates is left out."""
+        slots, in_flight = view.slots, view.in_flight
+        n = self._fleet = len(slots)
         match = self._index.match(request)
         depths = match.depths.take(slots)
-        per_block = request.prompt_tokens / max(match.blocks, 1.0)
-        if not len(self._spent):
-            self._spent = np.zeros(len(match.depths))
-            self._mean = float(request.prompt_tokens)
-
-        cost = _missing(match, depths) * per_block
-        cost += QUEUED * view.tokens
-        cost += SPENT * len(slots) / MEMORY * self._spent.take(slots)
-        in_flight = view.in_flight
-        mean = in_flight.sum() / len(slots)
-        crowd = (in_flight - mean) / (mean + FEW)
-        cost += CROWDED * self._mean * crowd * np.sqrt(np.abs(crowd))
-
+        cost = self._backlog.left(slots, view.tokens, self._clock())
+        cost -= _saved(match, depths) * (request.prompt_tokens / max(match.blocks, 1.0))
+        cost += in_flight * (CROWDED * (self._mean or request.prompt_tokens) / (int(in_flight.sum()) / n + FEW))
+        cost += self._spent.take(slots) * (SPENT * n / MEMORY)
         self.why = Why(cost, depths, match.blocks)
         return int(slots[least(cost, self._rng)])
 
@@ -94,12 +101,11 @@ class PrefixCost:
         match = self._index.matched(request)
         uncached = _uncached(request, match, slot)
         self._index.note(match, slot)
-        if not len(self._spent):
-            self._spent = np.zeros(len(match.depths))
-            self._mean = float(request.prompt_tokens)
-        self._mean += LEARNING * (uncached - self._mean)
+        self._backlog.add(slot, round(uncached), self._clock())
+        self._mean = self._mean + LEARNING * (uncached - self._mean) if self._mean else uncached
         self._spent *= 1.0 - 1.0 / MEMORY
-        self._spent[slot] += uncached
+        gone = match.age / (match.age + KEPT * self._fleet)
+        self._spent[slot] += uncached + gone * (request.prompt_tokens - uncached)
 
     def cached(self, request: RouteRequest) -> Mapping[int, int]:
         return self._index.matched(request).cached(request.prompt_tokens)
@@ -110,22 +116,21 @@ def _uncached(request: RouteRequest, match: Match, slot: int) -> float:
     return max(request.prompt_tokens - per_block * match.depths.item(slot), 0.0)
 
 
-def _missing(match: Match, depths: NDArray[np.int64]) -> Costs:
-    """Blocks that each candidate has not seen and another has, at their prices. What nobody has costs all the same."""
-    deepest = int(depths.max())
-    if not deepest:
-        return np.zeros(len(depths))
-    # How many copies each of the leading blocks deserves; hotter blocks come first.
-    shares = (match.uses(deepest) - 1.0) / (match.requests + UNSURE)
-    wanted = COPIES * len(depths) * shares
-    hot = int(np.count_nonzero(wanted > 1.0))
-    if not hot:  # one copy is enough of everything: the usual case
-        return (deepest - depths).astype(np.float64)
-    copies = len(depths) - np.cumsum(np.bincount(depths, minlength=hot)[:hot])
-    price = np.minimum(copies / wanted[:hot], 1.0)
-    saved = np.zeros(deepest + 1)  # by depth: what the blocks up to it would have cost
-    saved[1 : hot + 1] = price * price
-    saved[hot + 1 :] = 1.0
-    np.cumsum(saved, out=saved)
-    missing: Costs = saved[deepest] - saved.take(depths)
-    return missing
+def _saved(match: Match, depths: NDArray[np.int64]) -> Costs:
+    """What each candidate need not compute again, in blocks at their prices, the request's own wait included.
+
+    Prices are taken at `SAMPLES` places of the prompt, between which few requests part: over every block this took
+    half of a decision.
+    """
+    n = len(depths)
+    fair_copies = n / (match.requests + UNSURE)
+    if (match.first_use - 1.0) * fair_copies <= 1.0 / COPIES or not (deepest := int(depths.max())):
+        return depths.astype(np.float64) * (1.0 + BEHIND)  # one copy is enough of everything: the usual case
+    last = np.arange(0, SAMPLES + 1) * deepest // SAMPLES
+    fair = np.maximum((match.uses(last[1:] - 1) - 1.0) * fair_copies, 1.0 / COPIES)
+    copies = n - np.cumsum(np.bincount(depths)).take(last[1:] - 1)
+    price = np.minimum(np.maximum(copies / fair - 1.0, 0.0) / (COPIES - 1.0), 1.0)
+    worth = np.zeros(SAMPLES + 1)
+    np.cumsum((1.0 + BEHIND * price) * (last[1:] - last[:-1]), out=worth[1:])
+    saved: Costs = np.interp(depths, last, worth)
+    return saved

@@ -50,21 +50,25 @@ class Match(msgspec.Struct, frozen=True, gc=False):
     """Blocks in common with each own notice that the table does not have yet."""
 
     @property
+    def age(self) -> int:
+        """How many requests ago the last known block was used, by whomever."""
+        return 0 if self.pending else self.found.age
+
+    @property
     def first_use(self) -> float:
         """How many recent requests began with the first block; no later one has more."""
         return self.found.first_use + len(self.pending)
 
-    def uses(self, count: int) -> NDArray[np.float64]:
-        """How many recent requests began with the first block, the first two, ... the first `count`."""
-        uses = np.zeros(count)
+    def uses(self, blocks: Vector) -> NDArray[np.float64]:
+        """How many recent requests began with all up to each of these blocks, which rise from 0 on."""
         at = self.found.at
-        known = min(count, int(at[-1]) + 1) if len(at) else 0
-        if len(at) >= known:
-            uses[:known] = self.found.uses(known)
-        else:  # who has a later block has those before it, the missing ones included
-            uses[:known] = self.found.uses(len(at)).take(np.searchsorted(at, np.arange(known)))
+        # Who has a later block has those before it: of one that the table has lost, the next one speaks.
+        where = blocks if len(at) and at[-1] < len(at) else np.searchsorted(at, blocks)
+        known = int(np.searchsorted(where, len(at)))
+        uses = np.zeros(len(blocks))
+        uses[:known] = self.found.uses(where[:known])
         for depth in self.pending:
-            uses[:depth] += 1.0
+            uses[blocks < depth] += 1.0
         return uses
 
     def cached(self, prompt_tokens: int) -> dict[int, int]:
@@ -93,6 +97,8 @@ class PrefixIndex:
         self._frontend = frontend
         self.block = block
         """Characters, or token ids, of a block."""
+        self.slots = len(self._generations)
+        """Instances are in slots below that number."""
         self._limit = limit
         self._number = self._applied[frontend]
         self._pending: deque[_Notice] = deque(maxlen=PENDING)
@@ -124,7 +130,7 @@ class PrefixIndex:
         if not self._is_last(request):
             self._last = (request, *self._keys(request))
         _, keys, blocks = self._last
-        depths = np.zeros(len(self._generations), dtype=np.int64)
+        depths = np.zeros(self.slots, dtype=np.int64)
         found = self._table.find(keys)
         seen = 0
         for run in reversed(found.runs):

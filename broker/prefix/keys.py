@@ -29,6 +29,7 @@ Kind = Literal["text", "token"]
 
 _S32 = np.uint64(32)
 _NEVER_ZERO = np.uint64(1 << 63)
+_ALL = (1 << 64) - 1
 
 
 @lru_cache(maxsize=16)
@@ -118,7 +119,7 @@ def _chain(hashes: Words, start: np.uint64) -> Vector:
     """
     count = len(hashes)
     hashes *= _constants("place", -(-count // BLOCKS) * BLOCKS)[:count]
-    hashes[:1] += start  # as a vector: it may wrap around
+    hashes[0] = (hashes.item(0) + int(start)) & _ALL  # as integers: it may wrap around, and takes half as long
     np.add.accumulate(hashes, out=hashes)
     hashes ^= hashes >> _S32
     hashes |= _NEVER_ZERO  # 0 is the table's word for nothing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,8 +73,9 @@ def bitmap(word: int) -> int:
     return ~word & ((1 << PLACE_BITS) - 1)
 
 
+@lru_cache(maxsize=4096)
 def inline(word: int) -> int:
-    """The set in a word that is not negative."""
+    """The set in a word that is not negative. Few words are in use at a time: one for each way of sharing."""
     members = 0
     while word:
         field = word & FIELD

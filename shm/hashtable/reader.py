@@ -18,11 +18,10 @@ from shm.hashtable.layout import (
     Table,
     Vector,
     bitmap,
-    bounds,
     inline,
 )
 
-_NOT_ODD = np.int64(-2)
+_NOT_ODD, _SHIFT, _WAY = np.int64(-2), np.int64(WAY_BITS), np.int64(WAYS - 1)
 _NONE = np.empty(0, dtype=np.int64)
 
 
@@ -47,6 +46,11 @@ class Found(NamedTuple):
     """Of the look-up."""
 
     @property
+    def age(self) -> int:
+        """Ticks since the last use of the last key found."""
+        return max(self.tick - (self.raw_uses.item(-1) >> COUNT_BITS), 0) if len(self.at) else 0
+
+    @property
     def first_use(self) -> float:
         """How often the first key found was used of late."""
         if not len(self.at):
@@ -54,9 +58,9 @@ class Found(NamedTuple):
         use: int = self.raw_uses.item(0)
         return (use & COUNT_MASK) / COUNT_UNIT * math.exp(min((use >> COUNT_BITS) - self.tick, 0) / HORIZON)
 
-    def uses(self, count: int) -> NDArray[np.float64]:
-        """How often the first `count` keys found were used of late, faded to now."""
-        uses = self.raw_uses[:count]
+    def uses(self, which: Vector) -> NDArray[np.float64]:
+        """How often these of the keys found were used of late, faded to now."""
+        uses = self.raw_uses.take(which)
         age = np.maximum(self.tick - (uses >> COUNT_BITS), 0)
         faded: NDArray[np.float64] = np.exp(age * (-1.0 / HORIZON))
         faded *= uses & COUNT_MASK
@@ -80,15 +84,17 @@ class TableReader(Table):
         hits = (self._keys.take(buckets, axis=0) == keys[:, None]).reshape(-1).nonzero()[0]
         if not len(hits):
             return Found(_NONE, [], _NONE, self.tick)
-        at = hits >> WAY_BITS
+        at = hits >> _SHIFT
         if len(at) < len(keys):
             buckets, before = buckets.take(at), before.take(at)
-        places = (buckets << WAY_BITS) | (hits & (WAYS - 1))
+        hits &= _WAY
+        places = buckets << _SHIFT
+        places |= hits
         words = self._members.take(places)
         uses = self._uses.take(places)
-        ends = bounds(words)
-        sets = {word: self._set(word) for word in words.take(ends[:-1]).tolist()}
-        again = self._members.take(places) if min(sets) < 0 else words
+        ends, last = _runs(words)
+        sets = {word: inline(word) if word >= 0 else self._pooled(word) for word in last}
+        again = self._members.take(places) if min(last) < 0 else words
         after = self._sequence.take(buckets)
         if again is not words or (before & _NOT_ODD).tobytes() != after.tobytes():
             # A bitmap may have been another set's when it was loaded, a place another key's.
@@ -97,13 +103,16 @@ class TableReader(Table):
                 at, words, uses = at[stood], words[stood], uses[stood]
                 if not len(at):
                     return Found(_NONE, [], _NONE, self.tick)
-                ends = bounds(words)
-        lasts = at.take([end - 1 for end in ends[1:]])
-        kept = words.take(ends[:-1]).tolist()
-        runs = [Run(last + 1, sets[word]) for last, word in zip(lasts.tolist(), kept, strict=True)]
+                ends, last = _runs(words)
+        runs = [Run(at.item(end) + 1, sets[word]) for end, word in zip(ends, last, strict=True)]
         return Found(at, runs, uses, self.tick)
 
-    def _set(self, word: int) -> int:
-        if word >= 0:
-            return inline(word)
+    def _pooled(self, word: int) -> int:
         return int.from_bytes(self._pool[bitmap(word)].tobytes(), "little")
+
+
+def _runs(words: Vector) -> tuple[list[int], list[int]]:
+    """Where runs of equal words end, as indexes of their last ones, and the words."""
+    ends: list[int] = (words[1:] != words[:-1]).nonzero()[0].tolist()
+    ends.append(len(words) - 1)
+    return ends, [words.item(end) for end in ends]

@@ -180,7 +180,7 @@ def test_uses_count_own_and_delivered_requests_once(shared: Shared) -> None:
         shared.send(HEAD[:128], 3)
     shared.send("y" * 640, 3)
     match = shared.frontends[0].match(RouteRequest(prompt=HEAD))
-    assert match.uses(5).tolist() == pytest.approx([7, 7, 4, 4, 4], rel=0.01)
+    assert match.uses(np.arange(5)).tolist() == pytest.approx([7, 7, 4, 4, 4], rel=0.01)
     assert match.requests == pytest.approx(8, rel=0.01)
 
 

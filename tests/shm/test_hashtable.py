@@ -57,7 +57,7 @@ def test_finds_keys_in_runs_of_equal_sets(shared: Segment) -> None:
     found = reader.find(keys(1, 2, 3, 4, 99, 5))
     assert [(run.stop, members(run.members)) for run in found.runs] == [(3, {7, 60}), (6, {7})]
     assert found.at.tolist() == [0, 1, 2, 3, 5]
-    assert len(found.uses(4)) == 4
+    assert len(found.uses(keys(0, 4))) == 2
 
 
 def test_missing_keys_are_passed_over(shared: Segment) -> None:
@@ -72,9 +72,9 @@ def test_uses_fade_with_the_ticks_of_others(shared: Segment) -> None:
     writer, reader = TableWriter(shared), TableReader(shared)
     for tick in (1, 2, 3):
         writer.add(keys(5), 0, tick)
-    assert reader.find(keys(5)).uses(1)[0] == pytest.approx(3, rel=0.01)
+    assert reader.find(keys(5)).uses(keys(0))[0] == pytest.approx(3, rel=0.01)
     writer.add(keys(6), 0, 3 + HORIZON)
-    assert reader.find(keys(5)).uses(1)[0] == pytest.approx(3 / np.e, rel=0.01)
+    assert reader.find(keys(5)).uses(keys(0))[0] == pytest.approx(3 / np.e, rel=0.01)
 
 
 def test_a_set_outgrows_its_word_and_stays_exact(shared: Segment) -> None:
