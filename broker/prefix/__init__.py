@@ -9,6 +9,9 @@ keys mean equal prefixes, and "who has seen the first k blocks" is one look-up p
 The index remembers what was *sent*; what an engine has evicted since it is not told. A frontend sees its own notices at
 once, through the overlay, and others' when the scheduler has applied them. Notices may be lost (a full socket, a
 scheduler that is away): then a prefix is forgotten or counted less, nothing else. Nobody ever waits for one.
+
+The table may lose any block of a prompt, since it evicts by bucket. A key stands for all that is in front of it, so an
+instance has been sent as much as the deepest of its keys says, whatever is missing before.
 """
 
 from broker.prefix.index import Match, PrefixIndex

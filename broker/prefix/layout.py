@@ -19,7 +19,7 @@ PREFIX = "prefix"
 VERSION = 2
 """Of the layout and of the hash: who makes other keys shares no index."""
 CAPACITY = 1 << 20
-"""Blocks remembered; 25 MiB in all with 1,024 slots."""
+"""Blocks remembered; 25.5 MiB in all with 1,024 slots."""
 POOL = 4096
 """Different sets of more than four instances that are kept exactly."""
 

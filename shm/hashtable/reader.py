@@ -76,7 +76,7 @@ class TableReader(Table):
 
         A key that is being moved at this moment counts as missing.
 
-        Measured for 512 keys of which 384 are there, in 7 runs: 19 us, of which the probe itself is 6.
+        Measured for 512 keys of which 384 are there, in 7 runs: 22 us, of which the probe itself is 6.
         """
         buckets = keys & self._mask
         before = self._sequence.take(buckets)
