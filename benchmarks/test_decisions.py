@@ -78,8 +78,7 @@ class Requests:
 
         def run() -> None:
             self.run()
-            (record,) = [next(iter(forwarder.decisions.find({"ident"})))]  # type: ignore[union-attr]  # asserted above
-            one.keep(record, asked=False)
+            one.notable(next(forwarder.decisions.find({"ident"})))  # type: ignore[union-attr]  # asserted above
             explainer.messages("ident")
 
         return run

@@ -99,6 +99,7 @@ class Forward(msgspec.Struct, eq=False):
     _explains: bool
     """The answer says in a header why its instance was chosen."""
     _steps: list[Step] | None
+    """What happened to it, once that is more than being sent somewhere, or if its client asks why."""
 
     _state: State = State.NEW
     _choice: Chosen | None = None  # of the attempt under way, or the last one
@@ -357,9 +358,16 @@ class Forward(msgspec.Struct, eq=False):
             self._call.pause()
 
     def _took(self, step: Step) -> None:
-        """For those who ask later."""
-        if self._steps is not None:
-            self._steps.append(step)
+        """Something out of the ordinary, for those who ask later."""
+        if self._steps is None:
+            if self._shared.decisions is None:
+                return
+            self._steps = self._so_far()
+        self._steps.append(step)
+
+    def _so_far(self) -> list[Step]:
+        """Nothing, or that it was sent."""
+        return [] if self._choice is None else [Sent(self._began, self._choice)]
 
     def record(self, duration_s: float | None = None, outcome: Outcome | None = None) -> Record:
         """The request as it stands."""
@@ -369,7 +377,7 @@ class Forward(msgspec.Struct, eq=False):
             path=self._path,
             model=self._model,
             began=self._began,
-            steps=self._steps or [],
+            steps=self._so_far() if self._steps is None else self._steps,
             status=self._status,
             outcome=outcome,
             first_byte_s=self._first_byte,
@@ -485,7 +493,13 @@ class Forward(msgspec.Struct, eq=False):
         count_response(counters, self._status)
         duration = (shared.clock() if now is None else now) - self._began
         if shared.decisions is not None:
-            shared.decisions.keep(self.record(duration, outcome), asked=self._explains)
+            if self._steps is None and outcome is _DONE and self._status < 400 and choice is not None:
+                first, ident, name, path = self._first_byte, self._ident, self._name, self._path
+                shared.decisions.smooth(
+                    (ident, name, path, self._model, self._began, choice, self._status, first, duration)
+                )
+            else:
+                shared.decisions.notable(self.record(duration, outcome))
         if choice is not None:
             counters.observe(_DURATION, duration)
             lease = choice.lease

@@ -74,7 +74,7 @@ class Forwarder:
         """A request that has not begun; nothing is held until `begin`. `asks_why`: its client wants to be told why its
         instance was chosen."""
         explains = self._explains[asks_why]
-        steps: list[Step] | None = [] if explains or self.decisions is not None else None
+        steps: list[Step] | None = [] if explains else None
         asked = route, request
         return Forward(self, ident, request.request_id, request.path, route.model, sink, asked, story, explains, steps)
 
