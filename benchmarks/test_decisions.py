@@ -6,9 +6,9 @@
     written   kept, and the whole explanation made for each request
 
 All four in turns within one process, so that a busy machine is busy for all; the cheapest block of each counts. Seen
-with 8 / 256 instances, in times of `none` (57 / 62 us without sockets, with a prompt looked up in the index): kept 0.96 to
-1.01 / 0.98 to 1.03, asked 1.25 / 1.27, written 1.9 / 5.2. Of a request without a prompt, 11 us, keeping is 0.4 us. So
-remembering is on by default, and the header is made for those who ask.
+with 8 / 256 instances, in times of `none` (57 / 62 us without sockets, with a prompt looked up in the index): kept 0.96
+to 1.01 / 0.98 to 1.03, asked 1.25 / 1.27, written 1.9 / 5.2. Of a request without a prompt, 11 us, keeping is 0.4 us.
+So remembering is on by default, and the header is made for those who ask.
 """
 
 from __future__ import annotations
