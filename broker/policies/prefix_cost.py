@@ -37,6 +37,9 @@ KEPT = 128.0
 LEARNING = 1 / 256
 """Weight of the newest request in the mean."""
 
+_EDGES = np.arange(SAMPLES + 1, dtype=np.float64)
+_MIDDLES = _EDGES[:-1] + 0.5
+
 
 class PrefixCost:
     """Least cost of these four. Their unit is a prompt token's computation, so no setting depends on the tokenizer, on
@@ -126,11 +129,12 @@ def _saved(match: Match, depths: NDArray[np.int64]) -> Costs:
     fair_copies = n / (match.requests + UNSURE)
     if (match.first_use - 1.0) * fair_copies <= 1.0 / COPIES or not (deepest := int(depths.max())):
         return depths.astype(np.float64) * (1.0 + BEHIND)  # one copy is enough of everything: the usual case
-    last = np.arange(0, SAMPLES + 1) * deepest // SAMPLES
-    fair = np.maximum((match.uses(last[1:] - 1) - 1.0) * fair_copies, 1.0 / COPIES)
-    copies = n - np.cumsum(np.bincount(depths)).take(last[1:] - 1)
+    width = deepest / SAMPLES
+    middles = (_MIDDLES * width).astype(np.int64)
+    fair = np.maximum((match.uses(middles) - 1.0) * fair_copies, 1.0 / COPIES)
+    copies = n - np.add.accumulate(np.bincount(depths)).take(middles)
     price = np.minimum(np.maximum(copies / fair - 1.0, 0.0) / (COPIES - 1.0), 1.0)
     worth = np.zeros(SAMPLES + 1)
-    np.cumsum((1.0 + BEHIND * price) * (last[1:] - last[:-1]), out=worth[1:])
-    saved: Costs = np.interp(depths, last, worth)
+    np.add.accumulate((1.0 + BEHIND * price) * width, out=worth[1:])
+    saved: Costs = np.interp(depths, _EDGES * width, worth)
     return saved

@@ -62,11 +62,13 @@ class Match(msgspec.Struct, frozen=True, gc=False):
     def uses(self, blocks: Vector) -> NDArray[np.float64]:
         """How many recent requests began with all up to each of these blocks, which rise from 0 on."""
         at = self.found.at
-        # Who has a later block has those before it: of one that the table has lost, the next one speaks.
-        where = blocks if len(at) and at[-1] < len(at) else np.searchsorted(at, blocks)
-        known = int(np.searchsorted(where, len(at)))
-        uses = np.zeros(len(blocks))
-        uses[:known] = self.found.uses(where[:known])
+        if len(at) and at.item(-1) < len(at) and blocks.item(-1) < len(at):
+            uses = self.found.uses(blocks)
+        else:  # who has a later block has those before it: of one that the table has lost, the next one speaks
+            where = np.searchsorted(at, blocks)
+            known = int(np.searchsorted(where, len(at)))
+            uses = np.zeros(len(blocks))
+            uses[:known] = self.found.uses(where[:known])
         for depth in self.pending:
             uses[blocks < depth] += 1.0
         return uses
