@@ -310,6 +310,15 @@ def test_requests_stuck_in_a_loaded_engine_are_taken_back_for_an_idle_one(tmp_pa
         assert all(exchange.whole for exchange in inside)
         assert [exchange.fingerprint() for exchange in inside] == ["late"] * 3
         assert gauge(fleet, "penstock_instance_rescued_requests_total") == 3
+        full, idle = (fleet.engines[name].url for name in ("e0", "late"))
+        said = f" rescued_from={full} "
+        lines = until(
+            lambda: (
+                len(found := [line for line in fleet.supervisor.output.splitlines() if said in line]) == 3 and found
+            ),
+            "three lines that say from where",
+        )
+        assert all(f" instance={idle} " in line for line in lines)
         assert len(fleet.engines["late"].ledger()["requests"]) == 3
         fleet.engines["e0"].await_idle()
         fleet.await_idle()
