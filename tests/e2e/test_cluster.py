@@ -307,6 +307,7 @@ def test_without_redis_every_host_goes_on_alone_and_comes_back(hosts: list[Fleet
     calm(*hosts)
 
 
+@pytest.mark.stress
 def test_a_stream_outlives_redis(hosts: list[Fleet], redis: RedisServer) -> None:
     """The request runs on; the thief takes its place back after the lease, by its own clock."""
 
@@ -375,6 +376,7 @@ def test_a_redis_that_cannot_be_used_stops_the_start_with_a_sentence(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.stress
 def test_a_host_may_be_told_to_start_without_redis_and_joins_when_it_comes(tmp_path: Path) -> None:
     server = RedisServer(tmp_path)
     settings = {"scheduler": {"name": "global", "port": server.port, "unreachable": "local"}}
