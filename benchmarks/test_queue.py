@@ -13,7 +13,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from broker.saturation import Saturation
 from broker.scheduler.lines import Ticket
 from broker.scheduler.queue import AdmissionQueue
 from broker.types import EngineKind, Role
+from tests.broker.scheduler.test_admission import A, Queue
 from tests.support.client import Client, chat
 from tests.support.processes import Fleet
 from tests.support.table import Run, instance
@@ -122,6 +123,60 @@ def test_a_long_line_costs_no_more_per_grant_than_a_short_one(benchmark: Benchma
     )
     print(benchmark.extra_info)
     assert ratio <= LONGER
+
+
+class Scheduling:
+    """The same in the scheduler: a place becomes free, its grant is sent, taken, and one more waits."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        path.mkdir()
+        self._scheduler = Queue(path, queue_max_tickets=10**6)
+        self._leases = self._scheduler.fill()
+        self._numbers = itertools.count(1)
+        numbers = list(itertools.islice(self._numbers, count))
+        for start in range(0, count, 64):
+            self._scheduler.offer(0, *numbers[start : start + 64])
+        self._scheduler.sweep()
+
+    def one(self) -> None:
+        scheduler = self._scheduler
+        self._leases[A].close()
+        scheduler.now += 1
+        ((_, number, _),) = scheduler.granted()
+        self._leases[A] = scheduler.take(0, A)
+        scheduler.say(0, taken=[number])
+        scheduler.offer(0, next(self._numbers))
+        scheduler.sweep()
+
+    def close(self) -> None:
+        self._scheduler.run.__exit__()
+
+
+@pytest.mark.benchmark(group="queue-scheduler")
+def test_a_long_line_costs_the_scheduler_no_more_per_grant_than_a_short_one(
+    benchmark: BenchmarkFixture, tmp_path: Path
+) -> None:
+    """With all that belongs to a grant but the sockets: messages, room, views, reservations, what is held."""
+    short, long = Scheduling(tmp_path / "short", 50), Scheduling(tmp_path / "long", 50_000)
+    gc.collect()
+    gc.disable()
+    try:
+        rounds = [(cpu_ns(short.one), cpu_ns(long.one)) for _ in range(1000)]
+    finally:
+        gc.enable()
+    benchmark.pedantic(long.one, rounds=100)
+    of_50, of_50_000 = (statistics.median(each) for each in zip(*rounds, strict=True))
+    benchmark.extra_info.update(ratio=round(of_50_000 / of_50, 2), us_per_ticket=round(of_50_000 / 1e3, 1))
+    print(benchmark.extra_info)
+    short.close()
+    long.close()
+    assert of_50_000 <= LONGER * of_50
+
+
+def cpu_ns(work: Callable[[], None]) -> int:
+    began = time.process_time_ns()
+    work()
+    return time.process_time_ns() - began
 
 
 @pytest.mark.benchmark(group="queue-room")
