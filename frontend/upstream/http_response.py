@@ -182,6 +182,8 @@ class ResponseReader:
             # Whatever Connection names belongs to the connection, except what frames the body.
             hop = self._named - {b"content-length"}
             self.headers = [pair for pair in self.headers if pair[0] not in hop]
+        if status == 204 and self._length:  # it may not have one (RFC 9110, 8.6): who believed it would wait for a body
+            self.headers = [pair for pair in self.headers if pair[0] != b"content-length"]
         self.status = status
         self._dry_bytes = 0
         if self._head_only or status == 204 or status == 304:

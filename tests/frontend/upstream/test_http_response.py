@@ -236,3 +236,11 @@ def test_mutated_responses_never_raise_and_always_end(inputs: int) -> None:
                     raw[at:at] = draw.choice(valid)
         cut = draw.randrange(len(raw) + 1)
         read(Row("mutated", bytes(raw), closes=True), [bytes(raw[:cut]), bytes(raw[cut:])])
+
+
+def test_a_204_is_passed_on_without_the_length_that_it_may_not_have() -> None:
+    for status, names in ((204, [b"x"]), (304, [b"x", b"content-length"])):
+        reader = ResponseReader()
+        reader.feed(b"HTTP/1.1 %d S\r\nX: y\r\nContent-Length: 5\r\n\r\n" % status)
+        assert reader.complete
+        assert [name for name, _ in reader.headers] == names
