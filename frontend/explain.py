@@ -5,6 +5,7 @@ Nothing here is on the way of a request whose client did not ask.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import chain, islice
@@ -30,6 +31,9 @@ SHOWN = 32
 MOST_BYTES = wire.MAX_CONTROL_BYTES - 64
 TOLD = 4
 """Requests of one name that are told."""
+
+_UNPRINTABLE = re.compile(rb"[^ -~]")
+"""URLs come from registrations, and from other hosts: what would end the header must not be in it."""
 
 Policies = Mapping[Role, str]
 """Names, by role."""
@@ -103,7 +107,7 @@ def line(steps: Sequence[Step], policies: Policies) -> bytes:
         f"rescued_from={_dash(found.rescued_from)}",
         f"tries={found.tries}",
     ]
-    return " ".join(words).encode("ascii", "replace")
+    return _UNPRINTABLE.sub(b"?", " ".join(words).encode("ascii", "replace"))
 
 
 class _Numbers:

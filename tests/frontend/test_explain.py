@@ -190,6 +190,13 @@ def test_an_instance_of_another_host_is_told_with_its_host(scene: Scene) -> None
     assert told["steps"][-1]["instance"] == told["instance"] == "http://10.9.9.9:80@host-b"
 
 
+def test_what_would_end_the_header_is_not_in_it(tmp_path: Path) -> None:
+    with plain(tmp_path, "http://a\r\nx-evil: 1") as frontend:
+        _, client = ask(frontend.forwarder)
+        frontend.http.last.answer(b"done")
+        assert client.headers[DECISION].startswith(b"instance=http://a??x-evil: 1 policy=")
+
+
 # -- what is remembered ------------------------------------------------------------------------------------
 
 
