@@ -29,12 +29,14 @@ class Sessions:
 
     def __init__(self, counters: FrontendCounters) -> None:
         self._counters = counters
-        self._last: OrderedDict[str, str] = OrderedDict()
+        self._last: OrderedDict[int, str] = OrderedDict()
+        """By the hash of its name: clients choose that, and it may be as long as a body."""
 
     def chosen(self, session: str, url: str) -> None:
         self._counters.count(TotalColumn.SESSION_CHOICES)
-        if self._last.pop(session, None) == url:
+        key = hash(session)
+        if self._last.pop(key, None) == url:
             self._counters.count(TotalColumn.SESSION_REPEATS)
-        self._last[session] = url
+        self._last[key] = url
         if len(self._last) > REMEMBERED:
             self._last.popitem(last=False)
