@@ -32,6 +32,8 @@ from frontend.upstream.base import UpstreamRequest, WholeSink
 
 PAIRED_PATHS = frozenset(("/v1/chat/completions", "/v1/completions"))
 """What prefill/decode pairs can do."""
+MOST_NAME = 1024
+"""Characters of a model's name: it is kept with what is remembered of a request, and said back. None is so long."""
 
 
 class ClientGone(Exception):
@@ -90,6 +92,8 @@ class Inference:
         if head.is_read:
             read = self._parse(data)
             model, stream = read.model, bool(read.stream)
+            if model is not None and len(model) > MOST_NAME:
+                raise BadRequest(f"'model' is longer than {MOST_NAME} characters", param="model")
             if model is not None and (meant := self._aliases.get(model)) is not None:
                 model = meant
                 data = replace_member(data, "model", msgspec.json.encode(meant))

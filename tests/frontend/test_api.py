@@ -183,6 +183,7 @@ BAD = [
     (b'{"model": ["tiny"]}', "model"),
     (b'{"model": {"name": "tiny"}}', "model"),
     (b'{"model": true}', "model"),
+    pytest.param(b'{"model": "%b"}' % (b"m" * 1025), "model", id="a model as long as it likes"),
     (b'{"stream": "true"}', "stream"),
     (b'{"stream": 1}', "stream"),
     (b'{"stream": []}', "stream"),

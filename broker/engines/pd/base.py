@@ -107,6 +107,9 @@ class Pairing(Protocol):
 RETRIED = frozenset((502, 503))
 """What any half may answer that cannot take a request now."""
 
+MOST_ID = 1024
+"""Characters of a request's name, which is kept with what is remembered of it."""
+
 
 def request_id(body: bytes, *, refuse: bool) -> str:
     """The request's name: the client's `request_id`, or a new one. Checks what holds for every connector.
@@ -122,6 +125,8 @@ def request_id(body: bytes, *, refuse: bool) -> str:
     if "request_id" in found:
         value = msgspec.json.decode(body[slice(*found["request_id"])])
         if isinstance(value, str):
+            if len(value) > MOST_ID:
+                raise BadRequest(f"'request_id' is longer than {MOST_ID} characters", param="request_id")
             return value
         if value is not None:
             raise BadRequest("'request_id' must be a string", param="request_id")

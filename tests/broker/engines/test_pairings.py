@@ -286,8 +286,8 @@ def test_a_request_id_is_kept_or_made() -> None:
         assert uuid.UUID(request_id(body, refuse=True)).version == 4
 
 
-@pytest.mark.parametrize("value", [b"1", b"[]", b"{}", b"true"])
-def test_a_request_id_that_is_no_string_is_refused(value: bytes) -> None:
+@pytest.mark.parametrize("value", [b"1", b"[]", b"{}", b"true", pytest.param(b'"%b"' % (b"r" * 1025), id="long")])
+def test_a_request_id_that_is_no_string_or_a_long_one_is_refused(value: bytes) -> None:
     with pytest.raises(BadRequest) as refused:
         request_id(b'{"request_id":' + value + b"}", refuse=True)
     assert refused.value.param == "request_id"
