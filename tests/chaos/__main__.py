@@ -11,10 +11,8 @@ from pathlib import Path
 
 import click
 
-from tests.chaos.blows import KILLS
+from tests.chaos.blows import KILLS, LEAST_PER_MINUTE
 from tests.chaos.run import chaos
-
-LEAST_PER_MINUTE = 6
 
 
 @click.command()
