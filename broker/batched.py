@@ -36,15 +36,19 @@ class Batched(logging.Handler):
         self._records: list[logging.LogRecord | Line] = []
         self._shares = type(target.formatter) is logging.Formatter
         """Whether a line is a beginning and a message, and nothing else. (fd-router's are not.)"""
+        self.takes_lines = False
+        """`line` may be called."""
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Batches from now on, on the loop that is running."""
         self._loop = loop
+        self.takes_lines = self._shares
 
     def stop(self) -> None:
         """Writes what there is, and passes on at once again. Idempotent."""
         self.flush()
         self._loop = None
+        self.takes_lines = False
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Takes no lock: everything that logs in a frontend does so on its loop's thread."""
@@ -53,10 +57,6 @@ class Batched(logging.Handler):
             return self._target.handle(record)
         self._keep(record, self._loop)
         return True
-
-    @property
-    def takes_lines(self) -> bool:
-        return self._loop is not None and self._shares
 
     def line(self, line: Line) -> None:
         """A line without a record; only while it `takes_lines`."""

@@ -44,29 +44,23 @@ class KnownHeads(Generic[Head]):
 
     def whole(self, data: bytes) -> tuple[Head, bytes] | None:
         """What is known of the head, and the body, if `data` is exactly one message and its head is known."""
-        last = self._last
-        if last is not None and data.startswith(last[0]):
-            at = len(last[0])
-            stop = data.find(b"\r", at)
-            if data.startswith(last[1], stop):
-                return self._fitting(last[2], data, at, stop, stop + len(last[1]))
+        if self._last is not None:
+            front, behind, head = self._last
+            if data.startswith(front):
+                at = len(front)
+                stop = data.find(b"\r", at)
+                if data.startswith(behind, stop):
+                    return _fitting(head, data, at, stop, stop + len(behind))
         end = data.find(_END)
         at = _digits(data, end) if end > 0 else -1
         if at < 0:
             return None
         stop = data.find(b"\r", at)
-        head = self._known.get(data[:at] + data[stop:end])
-        if head is None:
+        found = self._known.get(data[:at] + data[stop:end])
+        if found is None:
             return None
-        self._last = data[:at], data[stop : end + 4], head
-        return self._fitting(head, data, at, stop, end + 4)
-
-    def _fitting(self, head: Head, data: bytes, at: int, stop: int, body: int) -> tuple[Head, bytes] | None:
-        """The head and what follows it, if that is what the digits say."""
-        digits = data[at:stop]
-        if not digits.isdigit() or len(digits) > 18 or int(digits) != len(data) - body:
-            return None
-        return head, data[body:]
+        self._last = data[:at], data[stop : end + 4], found
+        return _fitting(found, data, at, stop, end + 4)
 
     def learn(self, data: bytes, headers: int, head: Head) -> None:
         """The parser has read a message from the first byte of `data` on: so many headers, and the head means `head`.
@@ -86,6 +80,14 @@ class KnownHeads(Generic[Head]):
             if len(self._known) >= MOST and key not in self._known:
                 del self._known[next(iter(self._known))]
             self._known[key] = head
+
+
+def _fitting(head: Head, data: bytes, at: int, stop: int, body: int) -> tuple[Head, bytes] | None:
+    """The head and what follows it, if that is what the digits say."""
+    digits = data[at:stop]
+    if digits.isdigit() and len(digits) <= 18 and int(digits) == len(data) - body:
+        return head, data[body:]
+    return None
 
 
 def _digits(data: bytes, end: int) -> int:
