@@ -36,7 +36,7 @@ from broker.faces import PENSTOCK
 from frontend.account import count_response
 from frontend.answer import PAUSE_AT, whole_error
 from frontend.api import too_large
-from frontend.errors import HeadTooLarge, Malformed
+from frontend.errors import BodyTooSlow, HeadTooLarge, Malformed
 from frontend.idle import IdleConnections
 from frontend.lean import Lean, LeanCycle
 from frontend.request_head import RequestHead, read_head, says_too_large
@@ -127,6 +127,8 @@ class Connection(HttpToolsProtocol):
                     rest = self._decline_upgrade() + rest[upgrade.args[0] :]
             if self._dry_bytes > MAX_HEAD_BYTES and not self._is_full:
                 raise self._refuse(HeadTooLarge(f"a head or chunk line is larger than {MAX_HEAD_BYTES} bytes"))
+            if self._in_body and not self._is_between and self._running is self._current:
+                self._idle.enter(self)  # its body comes, and must go on coming
         except (httptools.HttpParserError, PenstockError) as error:
             cause = error.__context__
             if self._refusal is None and cause is not None and not isinstance(cause, httptools.HttpParserError):
@@ -234,6 +236,8 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._dry_bytes = 0
         self._is_between = True
+        if self._running is not None:
+            self._idle.leave(self)
         cycle = self._current
         if self._is_full or self._upgrades or cycle is None or cycle.response_complete:
             return
@@ -271,6 +275,8 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """uvicorn's name for: it is this request's turn."""
         self._running = running = cast("Cycle", cycle)
+        if running.more_body:
+            self._idle.enter(self)
         if isinstance(running, LeanCycle):
             if running.more_body and running is self._current and self.expect_100_continue:
                 if running.is_ready:  # refused: whether its body will follow nobody knows
@@ -332,7 +338,10 @@ class Connection(HttpToolsProtocol):
         self._stopping = True
 
     def idled(self) -> None:
-        self.close()
+        if self._running is None:
+            self.close()
+        elif self._running is self._current and not self._is_between:
+            self._break_off(BodyTooSlow("the rest of the body did not come"))
 
     # -- what a lean request asks for --------------------------------------------------------------------------
 

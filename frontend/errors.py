@@ -35,6 +35,13 @@ class HeadTooLarge(BadRequest):
     code = "head_too_large"
 
 
+class BodyTooSlow(BadRequest):
+    """The client announced a body and stopped sending it."""
+
+    status = 408
+    code = "body_too_slow"
+
+
 def event(error: PenstockError, face: Face) -> bytes:
     """The error as the last event of a stream that broke; no `[DONE]` follows, so it cannot pass for a whole one."""
     return b"data: " + face.error(error).body + b"\n\n"
