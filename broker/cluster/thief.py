@@ -15,8 +15,9 @@ from random import Random
 from broker.cluster import records
 from broker.cluster.here import Here
 from broker.cluster.lending import Lent
+from broker.cluster.locality import is_local
 from broker.cluster.records import HostLoad, Offer, TicketRecord
-from broker.cluster.stealing import is_elder, plan
+from broker.cluster.stealing import is_elder, pick, plan
 from broker.cluster.store import OFFER_MS, Proposal, Store, Surveyed
 from broker.table import SchedulerEvent
 
@@ -49,7 +50,7 @@ class Thief:
         self._rng = Random(term)
         self._rest = LOOK_S
         self._surveyed_at = 0.0
-        self._longest_ms: int | None = None  # that the next ticket of a host with work had waited then
+        self._hosts: list[HostLoad] = []  # that had work then
         self._aside: list[Lent] = []  # to be offered by the next survey
         self._refused_at = 0.0
         self._heard = False  # since the last survey began
@@ -87,18 +88,32 @@ class Thief:
     def yields(self, slot: int) -> bool:
         """A place is free that one of our own could have: whether it is set aside for an elder of another host."""
         now = time.monotonic()
-        if self._longest_ms is None or now - self._surveyed_at > RECENT_S or now - self._refused_at < REFUSED_S:
+        if not self._hosts or now - self._surveyed_at > RECENT_S or now - self._refused_at < REFUSED_S:
             return False
         own_ms = self._own_waited_ms()
-        if own_ms is None or not is_elder(self._longest_ms + int((now - self._surveyed_at) * 1e3), own_ms):
-            return False
         try:
+            if own_ms is None or not self._has_elder(slot, own_ms, int((now - self._surveyed_at) * 1e3)):
+                return False
             self._aside.append(self._begin(slot))
         except KeyError:  # it has just left
             return False
         self.hungry = True
         self.survey_at = 0.0
         return True
+
+    def _has_elder(self, slot: int, own_ms: int, since_ms: int) -> bool:
+        """Whether somebody whom the place could serve has waited so much longer than `own_ms`, by the last survey, which
+        is `since_ms` old."""
+        here = self._here
+        instance = here.lending.instance(slot)
+        local = is_local(instance.url)
+        for host in self._hosts:
+            if local and host.machine != here.machine:
+                continue
+            first = pick(instance.role, instance.models, host.line, here.token_ms)
+            if first is not None and is_elder(first.waited_ms + since_ms, own_ms):
+                return True
+        return False
 
     def _own_waited_ms(self) -> int | None:
         front = self._here.line.front(1)
@@ -128,7 +143,7 @@ class Thief:
         hosts = [host for surveyed in found if (host := self._host_load(surveyed)) is not None]
         self.hungry = bool(hosts) or self.sets > SETS or self._heard
         self._surveyed_at = time.monotonic()
-        self._longest_ms = max((host.line[0].waited_ms for host in hosts if host.line), default=None)
+        self._hosts = hosts
         proposals = self._proposals(hosts)
         self._keep_aside()
         if not proposals:

@@ -262,6 +262,31 @@ def test_an_elder_of_another_host_goes_first(hosts: list[Host], monkeypatch: pyt
     run(test)
 
 
+def test_nothing_is_set_aside_for_an_elder_whom_the_place_cannot_serve(
+    hosts: list[Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thief, "WATCH_S", 0.05)
+
+    async def test() -> None:
+        busy, _, other = hosts
+        far = other.admit(FAR.format(1), 1, "n")
+        near = other.admit("http://127.0.0.1:8000", 1)
+        for slot in (far, near):
+            other.run.writer.queue[slot] = 1  # held: its own wait for it
+        async with members(busy, other):
+            other.wait(1)
+            busy.wait(1, waited_s=5.0, model="m")
+            asked = other.events[SchedulerEvent.CLUSTER_ROUND_TRIPS] + 4
+            await eventually(lambda: other.events[SchedulerEvent.CLUSTER_ROUND_TRIPS] > asked, "it has looked")
+            assert not other.member.yields(far)
+            assert not other.member.yields(near)
+            busy.wait(2, waited_s=5.0, model="n")
+            await eventually(lambda: other.member.yields(far), "set aside for the second one")
+            assert not other.member.yields(near)
+
+    run(test)
+
+
 def test_a_host_whose_term_is_forgotten_joins_anew_and_says_everything_again(
     hosts: list[Host], redis: RedisServer
 ) -> None:
