@@ -102,8 +102,10 @@ class Thief:
         return True
 
     def _has_elder(self, slot: int, own_ms: int, since_ms: int) -> bool:
-        """Whether somebody whom the place could serve has waited so much longer than `own_ms`, by the last survey, which
-        is `since_ms` old."""
+        """Whether somebody whom the place could serve has waited so much longer than `own_ms`.
+
+        By the last survey, which is `since_ms` old.
+        """
         here = self._here
         instance = here.lending.instance(slot)
         local = is_local(instance.url)
