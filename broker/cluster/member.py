@@ -127,9 +127,10 @@ class Member:
         finally:
             stopping.cancel()
             await _ended(tasks)
-        for task in tasks:
-            if not task.cancelled():
-                await task
+        # Both may have failed: asked for all, or the second one is reported as never asked for.
+        for error in [task.exception() for task in tasks if not task.cancelled()]:
+            if error is not None:
+                raise error
 
     async def _join(self, store: Store, name: str) -> None:
         here = self._here
