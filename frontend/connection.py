@@ -44,7 +44,9 @@ from frontend.request_head import RequestHead, read_head, says_too_large
 logger = logging.getLogger("frontend")
 
 FIRST_REQUEST_S = 1.0
-"""How long a connection without a request yet is waited for when stopping."""
+"""How long a connection without a request yet is waited for when stopping,"""
+NEXT_REQUEST_S = 0.3
+"""and how long one that has had some. Nobody asks for long in vain: what comes is answered, as the last."""
 MAX_HEAD_BYTES = 64 * 1024
 """Bytes that may be read without bringing a head, a part of a body, or a request to its end; looked at after each
 read, which adds what it brings."""
@@ -328,13 +330,12 @@ class Connection(HttpToolsProtocol):
     # -- what the server and the idle timer ask for ------------------------------------------------------------
 
     def shutdown(self) -> None:
-        # uvicorn would close this one at once. Without the wait: (1) the client connects, (2) it sends its request,
-        # (3) we take the connection from the backlog and stop, (4) the request is never read, although no port was
-        # closed when it was made.
-        if self._requested or self._stopping:
+        # uvicorn would close an idle one at once. Without the wait: (1) the client connects, or is told that it may go
+        # on, (2) it sends a request, (3) we close, and the request is never read, though all was well when it was made.
+        if self._stopping or self._running is not None:
             super().shutdown()
         else:
-            self.loop.call_later(FIRST_REQUEST_S, super().shutdown)
+            self.loop.call_later(NEXT_REQUEST_S if self._requested else FIRST_REQUEST_S, super().shutdown)
         self._stopping = True
 
     def idled(self) -> None:
