@@ -51,8 +51,10 @@ class PrefixCost:
     * **how crowded it is**: requests in flight, which delay each other's tokens and hold slots. A third of a mean
       request for one more in flight than the usual nine: it decides where nothing is queued;
     * **the work it had of late**: a tenth of a mean request for a hundredth more than the mean. It keeps the fleet even
-      when nothing else tells the instances apart. Nobody tells the index what engines have evicted, and that is work
-      too: the longer ago a beginning was used, the more of it counts as if it were new.
+      when nothing else tells the instances apart.
+
+    Nobody tells the index what engines have evicted: the longer ago a beginning was used by anybody, the less of it is
+    expected to be there still, in the choice and in what the request is taken to cost.
 
     **The price of a copy.** A fixed weight between cache and load is wrong for somebody. With a light load term all who
     begin alike queue at one instance; with a heavy one everybody copies what nobody else will ask for, and the fleet
@@ -75,12 +77,12 @@ class PrefixCost:
         self._index = index
         self._clock = clock
         self._backlog = Backlog(index.slots)
-        self._fleet = 1
+        self._fleet = index.slots
         """Candidates of the last choice."""
         self._mean = 0.0
         """Uncached tokens of a request."""
         self._spent: Costs = np.zeros(index.slots)
-        """Work sent to each slot by this frontend, in tokens, fading."""
+        """Uncached tokens sent to each slot by this frontend, fading."""
         self.why: Why | None = None
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
@@ -90,33 +92,37 @@ class PrefixCost:
         match = self._index.match(request)
         depths = match.depths.take(slots)
         cost = self._backlog.left(slots, view.tokens, self._clock())
-        cost -= _saved(match, depths) * (request.prompt_tokens / max(match.blocks, 1.0))
+        per_block = request.prompt_tokens / max(match.blocks, 1.0)
+        cost -= _saved(match, depths) * (per_block * self._kept(match))
         cost += in_flight * (CROWDED * (self._mean or request.prompt_tokens) / (int(in_flight.sum()) / n + FEW))
         cost += self._spent.take(slots) * (SPENT * n / MEMORY)
         self.why = Why(cost, depths, match.blocks)
         return int(slots[least(cost, self._rng)])
 
     def tokens(self, request: RouteRequest, slot: int) -> int:
-        """Prompt tokens that the instance has to compute."""
-        return round(_uncached(request, self._index.matched(request), slot))
+        """Prompt tokens that the instance is expected to compute."""
+        return round(self._uncached(request, self._index.matched(request), slot))
 
     def placed(self, request: RouteRequest, slot: int) -> None:
         match = self._index.matched(request)
-        uncached = _uncached(request, match, slot)
+        uncached = self._uncached(request, match, slot)
         self._index.note(match, slot)
         self._backlog.add(slot, round(uncached), self._clock())
         self._mean = self._mean + LEARNING * (uncached - self._mean) if self._mean else uncached
         self._spent *= 1.0 - 1.0 / MEMORY
-        gone = match.age / (match.age + KEPT * self._fleet)
-        self._spent[slot] += uncached + gone * (request.prompt_tokens - uncached)
+        self._spent[slot] += uncached
 
     def cached(self, request: RouteRequest) -> Mapping[int, int]:
         return self._index.matched(request).cached(request.prompt_tokens)
 
+    def _kept(self, match: Match) -> float:
+        """The part of what instances were sent that is expected to be there still."""
+        often = KEPT * self._fleet
+        return often / (often + match.age)
 
-def _uncached(request: RouteRequest, match: Match, slot: int) -> float:
-    per_block = request.prompt_tokens / max(match.blocks, 1.0)
-    return max(request.prompt_tokens - per_block * match.depths.item(slot), 0.0)
+    def _uncached(self, request: RouteRequest, match: Match, slot: int) -> float:
+        sent = request.prompt_tokens * min(match.depths.item(slot) / max(match.blocks, 1.0), 1.0)
+        return request.prompt_tokens - sent * self._kept(match)
 
 
 def _saved(match: Match, depths: NDArray[np.int64]) -> Costs:

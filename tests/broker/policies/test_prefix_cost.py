@@ -176,10 +176,10 @@ def test_a_prompt_beyond_the_cap_counts_by_its_whole_length(tmp_path: Path) -> N
 
 
 def test_the_unit_of_tokens_does_not_matter(tmp_path: Path) -> None:
-    """Estimates may be off by any factor: an engine's tokens, a quarter of the bytes."""
+    """Estimates may be off by any factor; only that a lease is for whole tokens is seen in very short prompts."""
     (tmp_path / "1").mkdir()
     (tmp_path / "2").mkdir()
-    assert _choices(Prefixes(tmp_path / "1"), scale=1) == _choices(Prefixes(tmp_path / "2"), scale=64)
+    assert _choices(Prefixes(tmp_path / "1"), scale=64) == _choices(Prefixes(tmp_path / "2"), scale=4096)
 
 
 def _choices(prefixes: Prefixes, scale: int) -> list[int]:
@@ -194,3 +194,14 @@ def _choices(prefixes: Prefixes, scale: int) -> list[int]:
         policy.placed(request, chosen[-1])
         prefixes.deliver()
     return chosen
+
+
+def test_of_what_was_sent_long_ago_less_is_expected_to_be_left(prefixes: Prefixes) -> None:
+    policy = fresh(prefixes)
+    prefixes.sent(HEAD, 102)
+    policy.pick(ask(HEAD), FakeLoads(8))
+    assert policy.tokens(ask(HEAD), 102) == 0
+    for number in range(128 * 8):
+        prefixes.sent(f"{number:08d}", 100)
+    policy.pick(ask(HEAD), FakeLoads(8))
+    assert policy.tokens(ask(HEAD), 102) == pytest.approx(len(HEAD) / 2, rel=0.02)
