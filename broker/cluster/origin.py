@@ -17,7 +17,7 @@ from broker.table import SchedulerEvent
 from broker.types import Instance
 
 PUBLISH_S = 0.01
-"""Between two publications, and so between two rings of the bell."""
+"""Between two publications of new tickets, and so between two rings of the bell."""
 MS = 1_000_000
 
 
@@ -55,7 +55,8 @@ class Origin:
         least = here.settings.min_load_score
         ring = tickets >= least and (self._score < least or bool(changes.new))
         new = [Told(each.field, max(0, now_ns - each.offered_ns) // MS, each.record) for each in changes.new]
-        self.publish_at = now + PUBLISH_S
+        if new:  # one that only leaves must not hold up the next one that comes
+            self.publish_at = now + PUBLISH_S
         await self._store.publish(self._term, tickets, load, changes.gone, new, ring=ring)
         self._score = tickets
 

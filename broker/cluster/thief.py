@@ -23,7 +23,7 @@ from broker.table import SchedulerEvent
 
 LOOK_S = 0.02
 """How often a host that knows of work looks whether it has room."""
-HEARD_S = 0.01
+HEARD_S = 0.004
 """Between two surveys, when the bells of many hosts ring."""
 REST_S = 0.5
 """Between two surveys, when there are room and work but the rule sees no gain."""
