@@ -22,8 +22,8 @@ $(STAMP): requirements.lock pyproject.toml
 run: $(STAMP) ## start Penstock; ARGS="--port 30000 --config_path config.yaml", simulated engines when none is configured
 	@exec $(BIN)/penstock serve --sim auto $(ARGS)
 
-test: $(STAMP) ## the default test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## the default test suite, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: $(STAMP) ## lint, types, import rules
 	$(BIN)/ruff check .

@@ -12,7 +12,6 @@ from tests.chaos.run import chaos
 SECONDS, SEED = 60.0, 20260722
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(400)
 def test_a_minute_of_kills_loses_nothing_answers_nothing_twice_and_leaves_nothing_behind(tmp_path: Path) -> None:
     verdict, blows = chaos(tmp_path, SECONDS, SEED, print)

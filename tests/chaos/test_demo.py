@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.support.processes import ROOT, Program
 from tests.support.waiting import until
@@ -17,7 +16,6 @@ from tests.support.waiting import until
 MARK = "PENSTOCK_DEMO_TEST"
 
 
-@pytest.mark.chaos
 def test_the_demo_shows_hosts_that_help_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     mark = secrets.token_hex(8)
     environment = {**os.environ, MARK: mark, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}

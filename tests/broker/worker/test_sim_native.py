@@ -41,7 +41,7 @@ def stack() -> Iterator[ExitStack]:
 
 def test_it_registers_what_its_options_say(stack: ExitStack) -> None:
     fleet = Fleet(stack, "--role", "prefill", "--capacity", "7", "--transfer", "00ff")
-    assert fleet.hello[3:] == [fleet.engine.url, 1, ["m"], 7, b"\x00\xff"]
+    assert fleet.hello[3:] == [fleet.engine.url, 1, ["m"], 7, b"\x00\xff", "a"]
     assert fleet.engine.url == f"ipc://@penstock-{fleet.hello[2].hex()}"
 
 
