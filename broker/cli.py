@@ -240,9 +240,10 @@ HOST_COLUMNS = ["name", "tickets", "tokens", "id"]
 def explain(ident: str, url: str | None, port: int, as_json: bool) -> None:
     """Tell why the request ID went where it went.
 
-    ID is what its log line begins with and its answer says in X-Request-Id, or the id in the answer's body. Each
-    frontend remembers its last requests (server.decisions), and apart from them the last that waited, were moved or
-    failed.
+    ID is what its log line begins with and its answer says in X-Request-Id, or
+    the answer's own id where the engine makes it of that. Each frontend
+    remembers its last requests (server.decisions), and apart from them the last
+    that waited, were moved or failed.
     """
     answer = call(url, port, f"/explain/{urllib.parse.quote(ident, safe='')}")
     if as_json:

@@ -107,11 +107,6 @@ class QueueTimeout(PenstockError):
     retry_after_s = 1
 
 
-class NotSupported(PenstockError):
-    status = 501
-    kind = "not_supported"
-
-
 # -- the engine's side -------------------------------------------------------------------------------------
 
 

@@ -251,7 +251,7 @@ class Admission:
         for grant in message.granted:
             self._granted(grant)
         for remote in message.remote:
-            self._granted_there(remote)
+            self._granted(remote)
         for refusal in message.refused:
             if (waiting := self._waiting.get(refusal.number)) is not None:
                 self._forget(waiting)
@@ -263,25 +263,16 @@ class Admission:
         if message.again:
             self.offer_again()
 
-    def _granted(self, grant: wire.Grant) -> None:
+    def _granted(self, grant: wire.Grant | wire.RemoteGrant) -> None:
         waiting = self._waiting.get(grant.number)
         if waiting is None:  # its client left while the grant was on its way; the place is given back
             self._withdraw(grant.number)
             return
-        choice = self.claim(waiting.route, grant.slot, grant.generation)
-        if choice is None:
-            self._returned.append(grant.number)
+        choice: Chosen | None
+        if isinstance(grant, wire.RemoteGrant):
+            choice = self._guests.enter(grant, time.monotonic())
         else:
-            self._taken.append(grant.number)
-            self._admit(waiting, choice, grant.home)
-        self._flush_soon()
-
-    def _granted_there(self, grant: wire.RemoteGrant) -> None:
-        waiting = self._waiting.get(grant.number)
-        if waiting is None:
-            self._withdraw(grant.number)
-            return
-        choice = self._guests.enter(grant, time.monotonic())
+            choice = self.claim(waiting.route, grant.slot, grant.generation)
         if choice is None:
             self._returned.append(grant.number)
         else:

@@ -57,7 +57,8 @@ class Forwarder:
         kept = config.server.decisions if self.face.names_requests else 0
         self.decisions = Decisions(kept) if kept else None
         header = config.server.decision_header if self.face.names_requests else "never"
-        self._explains = header == "always", header != "never"  # by whether the client asks
+        self._always_explains = header == "always"
+        self._explains_if_asked = header != "never"
         self._http = http
         self._native = native
 
@@ -73,7 +74,7 @@ class Forwarder:
     ) -> Forward:
         """A request that has not begun; nothing is held until `begin`. `asks_why`: its client wants to be told why its
         instance was chosen."""
-        explains = self._explains[asks_why]
+        explains = self._always_explains or (asks_why and self._explains_if_asked)
         steps: list[Step] | None = [] if explains else None
         asked = route, request
         return Forward(self, ident, request.request_id, request.path, route.model, sink, asked, story, explains, steps)

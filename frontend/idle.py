@@ -1,4 +1,4 @@
-"""Closes connections on which nothing has been asked for a while: one timer for all of them.
+"""Tells connections that have heard nothing of their client for a while: one timer for all of them.
 
 uvicorn arms and cancels a timer of the loop for every answer; with this one a kept-alive request pays for two
 operations on a dict instead, which is half of it (benchmarks/test_lean.py).
@@ -12,7 +12,7 @@ from typing import Protocol
 
 class Idler(Protocol):
     def idled(self) -> None:
-        """It has asked for nothing too long."""
+        """Its client has said nothing for too long."""
 
 
 class IdleConnections:
@@ -29,14 +29,14 @@ class IdleConnections:
         return len(self._since)
 
     def enter(self, connection: Idler) -> None:
-        """It waits for a request from now on."""
+        """From now on it waits for its client: for a request, or for the rest of one."""
         self._since.pop(connection, None)
         self._since[connection] = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_later(self._limit_s, self._reap)
 
     def leave(self, connection: Idler) -> None:
-        """It has asked something, or is gone. Idempotent."""
+        """It waits no more, or is gone. Idempotent."""
         self._since.pop(connection, None)
 
     def close(self) -> None:

@@ -23,8 +23,7 @@ from broker.lease import Lease
 from broker.table import decode
 from broker.types import Instance
 from frontend.breaker import Breaker
-from frontend.dispatch import RETRIED_STATUSES, Choice
-from frontend.upstream.base import Call, Sink, Upstream, UpstreamRequest
+from frontend.dispatch import Choice
 from shm.cells import CounterRow
 
 GUESTS = 256
@@ -33,32 +32,15 @@ IDLE_S = 60.0
 """One that has not been used for this long is forgotten, its connections with it."""
 
 
-class RemoteChoice(msgspec.Struct, frozen=True):
-    """`Chosen`: an instance of another host, and the lease of the place there."""
+class RemoteChoice(Choice, frozen=True, kw_only=True):
+    """An instance of another host, and the lease of the place there."""
 
-    instance: Instance
-    lease: Lease
     host: str
     """For people."""
 
     @property
-    def suspects(self) -> tuple[Lease]:
-        return (self.lease,)
-
-    @property
-    def retried(self) -> Collection[int]:
-        return RETRIED_STATUSES
-
-    @property
     def where(self) -> str:
         return f"{self.instance.url}@{self.host}"
-
-    @property
-    def legs(self) -> tuple[Choice, ...]:
-        return (Choice(self.instance, self.lease),)
-
-    def open(self, upstream: Callable[[Instance], Upstream], request: UpstreamRequest, sink: Sink) -> Call:
-        return upstream(self.instance).open(self.instance, request, sink)
 
 
 @dataclass(slots=True)
@@ -137,7 +119,7 @@ class Guests:
             self._on_end(msgspec.structs.replace(given, failed=failed))
 
         lease.on_close = ended
-        return RemoteChoice(instance, lease, grant.name)
+        return RemoteChoice(instance, lease, host=grant.name)
 
     def _guest(self, instance: Instance) -> _Guest | None:
         key = instance.url, instance.incarnation

@@ -63,14 +63,19 @@ class Observer:
         until(lambda: self.who_has(text), "the prompt noted")
 
 
+def settled(fleet: Fleet, observer: Observer) -> list[dict[int, int]]:
+    """Who has each prompt, after each has been asked once."""
+    for number in range(PROMPTS):
+        ask(fleet, prompt(number))
+        observer.await_noted(prompt(number))
+    return [observer.who_has(prompt(number)) for number in range(PROMPTS)]
+
+
 def test_a_prompt_goes_back_to_the_instance_that_had_it_through_either_frontend(tmp_path: Path) -> None:
     with Fleet(tmp_path, workers=2) as fleet:
         start(fleet)
         observer = Observer(fleet)
-        for number in range(PROMPTS):
-            ask(fleet, prompt(number))
-            observer.await_noted(prompt(number))
-        homes = [observer.who_has(prompt(number)) for number in range(PROMPTS)]
+        homes = settled(fleet, observer)
         assert all(len(home) == 1 for home in homes), homes
         assert len({slot for home in homes for slot in home}) > 1, homes
         for number in [*range(PROMPTS)] * ROUNDS:
@@ -99,10 +104,7 @@ def test_the_index_outlives_scheduler_and_frontends(tmp_path: Path) -> None:
     with Fleet(tmp_path, workers=2) as fleet:
         start(fleet)
         observer = Observer(fleet)
-        for number in range(PROMPTS):
-            ask(fleet, prompt(number))
-            observer.await_noted(prompt(number))
-        homes = [observer.who_has(prompt(number)) for number in range(PROMPTS)]
+        homes = settled(fleet, observer)
         for name in ("scheduler", "frontend-0", "frontend-1"):
             fleet.await_replaced(name, fleet.kill(name))
             fleet.await_instances(INSTANCES)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import pathlib
-from collections.abc import Iterator
 
 import pytest
 
 from tests.frontend.conformance import GOOD, HEAD, LIVE, OK, short
-from tests.frontend.test_conformance import Site
+from tests.frontend.site import Site
 from tests.frontend.wire import PATHS, Path, Wire
 
 HALF = HEAD + b"content-length: 3\r\n\r\n{}"
-
-
-@pytest.fixture
-def site(tmp_path: pathlib.Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    yield site
-    site.frontend.close()
 
 
 async def fed(site: Site, path: Path, *reads: bytes) -> Wire:

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import pathlib
-from collections.abc import Iterator
 
 import pytest
 
 from tests.frontend.conformance import GOOD, OK, OK_LAST
-from tests.frontend.test_conformance import Site
+from tests.frontend.site import Site
 from tests.frontend.wire import PATHS, Path
-
-
-@pytest.fixture
-def site(tmp_path: pathlib.Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    yield site
-    site.frontend.close()
 
 
 @pytest.mark.parametrize("path", PATHS)
