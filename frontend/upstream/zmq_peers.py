@@ -23,6 +23,8 @@ from frontend.upstream.zmq_monitor import Monitor
 MARK = 4096
 """Messages queued to or from one engine. At the mark a request is refused (EAGAIN), never dropped."""
 MAX_MESSAGE_BYTES = 128 * 1024 * 1024
+AGAIN_S = 0.01
+"""When an engine at its mark is told of its aborts again. Not in the next turn: that would loop without pause."""
 
 # Plain ints: pyzmq's enums cost several per cent of a request in flag arithmetic.
 _NOBLOCK = int(zmq.NOBLOCK)
@@ -91,12 +93,15 @@ class Peers:
         self._monitor = Monitor(self.socket, loop, self._broke)
         self._last_beat = loop.time()
         self._beat_timer = loop.call_later(wire.BEAT_S, self._beat)
+        self._again_timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._by_url)
 
     def close(self) -> None:
         self._beat_timer.cancel()
+        if self._again_timer is not None:
+            self._again_timer.cancel()
         self._monitor.close()
         self.socket.close(linger=0)
         self._by_url.clear()
@@ -224,7 +229,7 @@ class Peers:
         self._owner.turn_soon()
 
     def say_aborts(self) -> None:
-        """One message for each engine; one that takes none now is asked again after the next beat."""
+        """One message for each engine; one that takes none now is asked again soon."""
         for peer in list(self.aborting):
             try:
                 self.socket.send(peer.routing_id, _NOBLOCK_MORE)
@@ -237,6 +242,13 @@ class Peers:
             peer.aborts = []
             self.aborting.discard(peer)
             self._owner.turn_soon()
+        if self.aborting and self._again_timer is None:
+            # A send that failed may have used up the signal, too: of the engine's having room, or of a message to read.
+            self._again_timer = self._loop.call_later(AGAIN_S, self._again)
+
+    def _again(self) -> None:
+        self._again_timer = None
+        self._owner.turn_soon()
 
 
 def _router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:

@@ -382,6 +382,30 @@ def test_aborts_of_one_turn_are_one_message() -> None:
     play(scene)
 
 
+def test_abort_that_an_engine_did_not_take_is_said_again_before_the_next_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(upstream: ZmqUpstream, engine: ZmqEngine) -> None:
+        sink = post(upstream, engine.instance)
+        asked = await engine.asked()
+        peers = upstream._peers
+        peers._beat_timer.cancel()
+        socket = peers.socket
+        refused: list[bytes] = []
+
+        class AtItsMark:
+            def send(self, data: bytes, flags: int) -> None:
+                if len(refused) < 3:
+                    refused.append(data)
+                    raise zmq.Again
+                socket.send(data, flags)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(peers, "socket", AtItsMark())
+            sink.leave()
+            await asyncio.wait_for(asked.aborted.wait(), 10)
+
+    play(scene)
+
+
 def test_bug_in_one_sink_does_not_keep_the_others_back() -> None:
     async def scene(upstream: ZmqUpstream, engine: ZmqEngine) -> None:
         complaints: list[dict[str, object]] = []
