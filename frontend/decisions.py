@@ -68,6 +68,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """Another id that the client may know it by; empty: it has none."""
     path: str
+    """With its query; `cut`."""
     model: str | None
     began: float
     """By the clock of the steps."""
@@ -77,6 +78,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """None: it is under way."""
     first_byte_s: float | None
     duration_s: float
+
+
+MOST_PATH = 256
+"""Characters of a path, or of its query, that are kept; a target may be as long as a head."""
+CUT = "…"
+
+
+def cut(path: str) -> str:
+    """What is kept of a path that is too long."""
+    return path[:MOST_PATH] + CUT
 
 
 Smooth = tuple[bytes, str, str, str | None, float, Chosen, int, float | None, float]

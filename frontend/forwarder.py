@@ -14,7 +14,7 @@ from broker.errors import Aborted, PenstockError
 from broker.faces import face_of
 from broker.policies import in_use
 from broker.types import Instance, RouteRequest
-from frontend.decisions import Decisions, Record, Step
+from frontend.decisions import MOST_PATH, Decisions, Record, Step, cut
 from frontend.dispatch import Chooser
 from frontend.forward import Forward
 from frontend.pairings import Pairings
@@ -76,8 +76,9 @@ class Forwarder:
         instance was chosen."""
         explains = self._always_explains or (asks_why and self._explains_if_asked)
         steps: list[Step] | None = [] if explains else None
+        path = request.path if len(request.path) <= MOST_PATH else cut(request.path)
         asked = route, request
-        return Forward(self, ident, request.request_id, request.path, route.model, sink, asked, story, explains, steps)
+        return Forward(self, ident, request.request_id, path, route.model, sink, asked, story, explains, steps)
 
     def upstream(self, instance: Instance) -> Upstream:
         return self._native if instance.is_native else self._http

@@ -293,6 +293,19 @@ def test_neither_prompt_nor_answer_is_remembered(tmp_path: Path) -> None:
         assert "secret" not in repr(record)
 
 
+@pytest.mark.parametrize("status", [200, 400])
+def test_of_a_long_target_the_beginning_is_remembered(tmp_path: Path, status: int) -> None:
+    with plain(tmp_path) as frontend:
+        for path in ("/v1/" + "p" * 64_000, "/v1/completions?" + "q" * 64_000):
+            request = UpstreamRequest(path=path, headers=[], body=b"{}")
+            frontend.forwarder.forward(b"id-1", RouteRequest(), request, Client()).begin()
+            assert frontend.http.last.request.path == path
+            frontend.http.last.answer(b"done", status=status)
+        kept = [record.path for record in frontend.forwarder.decisions.find({"id-1"})]  # type: ignore[union-attr]  # by default
+        assert kept == ["/v1/completions?" + "q" * 240 + "…", "/v1/" + "p" * 252 + "…"]
+        assert [told["path"] for told in explainer(frontend).explain("id-1")] == ["/v1/completions", kept[1]]
+
+
 def test_however_large_the_fleet_an_answer_fits_its_message(tmp_path: Path) -> None:
     urls = [f"http://{'n' * 200}-{n:03d}:80" for n in range(2 * SHOWN)]
     with plain(tmp_path, *urls, slots=len(urls)) as frontend:
