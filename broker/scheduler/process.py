@@ -82,6 +82,7 @@ class Scheduler:
         self._followed_changes = -1
         self._feed = LoadFeed(self._loop, self._context, self._tally, self._apply)
         reader = TableReader.attach(run_dir, config)
+        self._lives = reader.counters.lives
         self._admission = Admission(
             reader, table.queue, table.events, config.scheduler, self._tell, time.monotonic_ns()
         )
@@ -126,7 +127,7 @@ class Scheduler:
                 self._registry, self._registrar.register, self._tally, self._config.server.splitwise
             )
             stack.push_async_callback(self._p2p_nccl.close)
-            self._asking = Asking(lambda peer, message: self._send(self._frontends, peer, message))
+            self._asking = Asking(lambda peer, question: self._send(self._frontends, peer, question), self._lives)
             self._aborts = Aborts(self._registry, collector, self._asking)
             self._open(stack)
             self._sweep_soon()
@@ -221,8 +222,8 @@ class Scheduler:
 
     def _from_frontend(self, peer: bytes, frame: bytes) -> None:
         match wire.decode(wire.from_frontend, frame, MAX_FRAME_BYTES):
-            case wire.FrontendHello():
-                self._asking.enter(peer)
+            case wire.FrontendHello(index=index, life=life):
+                self._asking.enter((index, life), peer)
                 self._send(self._frontends, peer, wire.Welcome(self._table.epoch))
             case wire.Register(call=call, body=body):
                 self._answer(peer, call, self._registrar.answer(body))

@@ -49,9 +49,9 @@ def test_answers_are_merged_and_failures_named(mixed: Router) -> None:
     ill.script = scripts.refuse(500)
     found = mixed.post(ABORT, {"req_ids": ["a", "b", "c"]}).json()
     aborted = {entry["request_id"]: entry["output_token_count"] for entry in found["result"]["aborted"]}
-    assert aborted == {"a": 3, "b": 0}
-    assert found["result"]["not_found"] == ["c"]
-    assert [failure["server"] for failure in found["errors"]] == [ill.url]
+    assert aborted == {"a": 3, "b": 0}, found
+    assert found["result"]["not_found"] == ["c"], found
+    assert [failure["server"] for failure in found["errors"]] == [ill.url], found
 
 
 def test_an_engine_that_only_says_yes_has_its_streams_ended(mixed: Router) -> None:
@@ -82,7 +82,7 @@ def test_a_pairs_request_is_ended_at_both_halves_by_its_name(pairs: Router) -> N
     with pairs.open("/v1/chat/completions", chat(stream=True, request_id="mine")) as connection:
         read_until(connection, b"data: 1")
         found = pairs.post(ABORT, {"req_ids": ["chatcmpl-mine", "other"]}).json()
-        assert [entry["request_id"] for entry in found["result"]["aborted"]] == ["chatcmpl-mine"]
-        assert found["result"]["not_found"] == ["other"]
+        assert [entry["request_id"] for entry in found["result"]["aborted"]] == ["chatcmpl-mine"], found
+        assert found["result"]["not_found"] == ["other"], found
         read_until(connection, b"0\r\n\r\n")
     until(lambda: prefiller.cut and decoder.cut, "both to see the end")
