@@ -63,6 +63,9 @@ class Server(Section, frozen=True, forbid_unknown_fields=True):
     workers: Annotated[int, Meta(ge=1, le=1024)] = 2
     """Frontend processes."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
+    max_receiving_bytes: Annotated[int, Meta(ge=1024)] = 1024 * 1024 * 1024
+    """What has come of all bodies that a frontend is receiving, together; no less than `max-body-bytes`. Beyond it
+    the one that grows is answered 503. A body that comes in one read does not count."""
     backlog: Annotated[int, Meta(ge=1, le=65535)] = 4096
     drain_secs: NotNegative = 15.0
     """How long running streams may go on after SIGTERM."""
@@ -74,6 +77,10 @@ class Server(Section, frozen=True, forbid_unknown_fields=True):
     `X-Penstock-Explain: 1`."""
     lean_path: bool = True
     """Whether inference requests go around ASGI. Both ways do the same; this one costs a fraction."""
+
+    def __post_init__(self) -> None:
+        if self.max_receiving_bytes < self.max_body_bytes:
+            raise ValueError("max-receiving-bytes must not be less than max-body-bytes")
 
 
 class Scheduler(Section, frozen=True, forbid_unknown_fields=True):

@@ -63,6 +63,15 @@ class BodyTooLarge(BadRequest):
     code = "body_too_large"
 
 
+class ReceivingFull(BadRequest):
+    """So much of other clients' bodies is being received that there is no room for more of this one."""
+
+    status = 503
+    kind = "service_unavailable"
+    code = "receiving_full"
+    retry_after_s = 1
+
+
 class PairsOnly(BadRequest):
     """The route cannot be served by prefill/decode pairs, and there are no other instances."""
 

@@ -26,6 +26,7 @@ from frontend.answer import Answer, send_error
 from frontend.forward import Forward
 from frontend.forwarder import Forwarder
 from frontend.line_ends import LineEnds
+from frontend.receiving import Receiving
 from frontend.request_head import RequestHead, read_head, says_too_large
 from frontend.story import Stories, Story
 from frontend.upstream.base import UpstreamRequest, WholeSink
@@ -48,6 +49,7 @@ class Inference:
         self._stories = stories
         self._parse = body.parser(self.face)
         self.limit = config.server.max_body_bytes
+        self.receiving = Receiving(config.server.max_receiving_bytes)
         self.bound = config.upstream.stream_buffer_bytes
         """What one slow client may hold, in bytes."""
         self._aliases = config.models.aliases
@@ -72,7 +74,7 @@ class Inference:
     async def _read(self, scope: Scope, receive: Receive, head: RequestHead, ident: bytes, answer: Answer) -> Forward:
         """The request as it will go out. A function of its own: its locals, the body among them, end with it, and
         not with the answer's last byte."""
-        data = await read_body(scope, receive, self.limit)
+        data = await read_body(scope, receive, self.limit, self.receiving)
         return self.forward(head, data, ident, answer, _client(scope))
 
     def serves(self, path: str) -> bool:
@@ -156,25 +158,29 @@ class Inference:
             access.write(f"id={ident.decode()} path={printable(path)} status={status} outcome=rejected")
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The request's whole body. Raises `BodyTooLarge`, before anything is read if the client said its length, and
-    `ClientGone`."""
+async def read_body(scope: Scope, receive: Receive, limit: int, receiving: Receiving) -> bytes:
+    """The request's whole body. Raises `BodyTooLarge`, before anything is read if the client said its length,
+    `ReceivingFull`, and `ClientGone`."""
     if says_too_large(scope["headers"], limit):
         raise too_large(limit)
     parts: list[bytes] = []
     size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        part: bytes = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise too_large(limit)
-        if not message.get("more_body", False):
-            return b"".join((*parts, part)) if parts else part
-        if part:
-            parts.append(part)
+    try:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part: bytes = message.get("body", b"")
+            if size + len(part) > limit:
+                raise too_large(limit)
+            if not message.get("more_body", False):
+                return b"".join((*parts, part)) if parts else part
+            if part:
+                receiving.take(len(part))
+                size += len(part)
+                parts.append(part)
+    finally:
+        receiving.give_back(size)
 
 
 def too_large(limit: int) -> BodyTooLarge:

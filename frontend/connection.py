@@ -129,8 +129,8 @@ class Connection(HttpToolsProtocol):
                     rest = self._decline_upgrade() + rest[upgrade.args[0] :]
             if self._dry_bytes > MAX_HEAD_BYTES and not self._is_full:
                 raise self._refuse(HeadTooLarge(f"a head or chunk line is larger than {MAX_HEAD_BYTES} bytes"))
-            if self._in_body and not self._is_between and self._running is self._current:
-                self._idle.enter(self)  # its body comes, and must go on coming
+            if self._in_body and not self._is_between:
+                self._wait_for_body()
         except (httptools.HttpParserError, PenstockError) as error:
             cause = error.__context__
             if self._refusal is None and cause is not None and not isinstance(cause, httptools.HttpParserError):
@@ -249,6 +249,15 @@ class Connection(HttpToolsProtocol):
         else:
             self._body_comes()
             super().on_message_complete()
+
+    def _wait_for_body(self) -> None:
+        """A read has ended in the middle of a body."""
+        cycle = self._current
+        if isinstance(cycle, LeanCycle):
+            cycle.goes_on()
+            self._go_on(cycle)
+        if self._running is cycle:
+            self._idle.enter(self)  # its body comes, and must go on coming
 
     def _body_comes(self) -> None:
         if self._keeps_alive_with_body:

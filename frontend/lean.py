@@ -23,7 +23,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
-from broker.errors import BadRequest, PenstockError
+from broker.errors import BadRequest, PenstockError, ReceivingFull
 from frontend import headers
 from frontend.answer import last_event, takes_events, whole_error
 from frontend.api import Inference, too_large
@@ -120,6 +120,7 @@ class LeanCycle(msgspec.Struct, eq=False):
     response_complete: bool = False
     _parts: list[bytes] = []
     _size: int = 0
+    _counted: int = 0  # bytes among them that count as being received
     _error: BadRequest | None = None  # why the body is not read on
     _forward: Forward | None = None
     _started: bool = False
@@ -160,10 +161,23 @@ class LeanCycle(msgspec.Struct, eq=False):
         else:
             self._parts.append(body)
 
+    def goes_on(self) -> None:
+        """A read has ended in the middle of the body: only now what has come of it counts."""
+        if self._error is None:
+            try:
+                self._lean.inference.receiving.take(self._size - self._counted)
+                self._counted = self._size
+            except ReceivingFull as error:
+                self._error = error
+                self._parts.clear()
+                self._uncount()
+
     def begin(self) -> None:
         """Sends the request on its way. To be called once, when it is this one's turn and it is ready."""
         parts = self._parts
         self._parts, self._size = [], 0  # an open stream does not keep its prompt
+        if self._counted:
+            self._uncount()
         if self._error is not None:
             self._refused(self._error)
         else:
@@ -186,6 +200,7 @@ class LeanCycle(msgspec.Struct, eq=False):
 
     def leave(self) -> None:
         """Nobody listens any more. Idempotent."""
+        self._uncount()
         forward, self._forward = self._forward, None
         if forward is not None:
             forward.cancel()
@@ -281,6 +296,10 @@ class LeanCycle(msgspec.Struct, eq=False):
             self.keep_alive = False
         lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
         self._head = b"".join(lines)
+
+    def _uncount(self) -> None:
+        self._lean.inference.receiving.give_back(self._counted)
+        self._counted = 0
 
     def _refused(self, error: BadRequest) -> None:
         self._lean.inference.refuse(self._request.path, self._ident, error, self._client.peer)

@@ -22,6 +22,7 @@ from broker.errors import (
     NoInstance,
     PenstockError,
     PortMissing,
+    ReceivingFull,
     Unhealthy,
     UpstreamError,
 )
@@ -70,6 +71,7 @@ def estimate(texts: list[str], ids: int) -> Estimate:
 ERRORS: dict[type[PenstockError], tuple[int | None, str]] = {
     BadRequest: (400, "Invalid JSON format: {}"),
     BodyTooLarge: (413, "Invalid request body: {}"),
+    ReceivingFull: (503, "Invalid request body: {}"),
     NoInstance: (502, "Failed to select worker: no healthy workers available"),
     UpstreamError: (None, "Failed to connect to backend service: {}"),
     PenstockError: (None, "{}"),

@@ -20,6 +20,9 @@ from tests.frontend.fakes import FakeCall, Frontend
 from tests.frontend.wire import Path, Wire
 
 
+SERVER = Server(max_body_bytes=LIMIT)
+
+
 class Engine:
     """An upstream that answers every request at once, in a turn of its own."""
 
@@ -42,8 +45,8 @@ class Engine:
 class Site:
     """A frontend whose engine answers, reached by connections of either path."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self.frontend = Frontend(path, "http://10.0.0.1:80", server=Server(max_body_bytes=LIMIT))
+    def __init__(self, path: pathlib.Path, server: Server = SERVER) -> None:
+        self.frontend = Frontend(path, "http://10.0.0.1:80", server=server)
         self.engine = Engine()
         self.frontend.forwarder._http = self.engine
         self.inference = Inference(self.frontend.config, self.frontend.forwarder)
