@@ -19,7 +19,6 @@ from tests.frontend.conformance import LIMIT
 from tests.frontend.fakes import FakeCall, Frontend
 from tests.frontend.wire import Path, Wire
 
-
 SERVER = Server(max_body_bytes=LIMIT)
 
 
