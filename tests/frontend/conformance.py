@@ -1,7 +1,8 @@
 """The server's half of HTTP/1.1 as a table: bytes in, bytes out, and what becomes of the connection.
 
-Every row holds on both paths, and however its bytes are cut into reads. The engine answers each request that reaches
-it with the body `{}`; `forwarded` are the bodies that did. In `out`, an error of ours stands as its status and code.
+Every row holds on both paths, whether its heads are known or not, and however its bytes are cut into reads. The engine
+answers each request that reaches it with the body `{}`; `forwarded` are the bodies that did. In `out`, an error of ours
+stands as its status and code.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class Row(NamedTuple):
     out: bytes
     state: State = "open"
     forwarded: tuple[bytes, ...] = ()
+
+    @property
+    def nameless(self) -> Row:
+        """The same where requests have no ids of their own, so that their heads can come again."""
+        sent = re.sub(rb"(?i)\r\nx-request-id: i\r\n", b"\r\n", self.sent)
+        return self._replace(sent=sent, out=self.out.replace(ID, b"x-request-id: made\r\n"))
 
 
 def good(name: str, sent: bytes, *forwarded: bytes) -> Row:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from broker.config import Server
 from broker.types import Instance
 from frontend.api import Inference
+from frontend.lean import Lean
 from frontend.upstream.base import Sink, UpstreamRequest
 from tests.frontend.conformance import LIMIT
 from tests.frontend.fakes import FakeCall, Frontend
@@ -59,8 +60,9 @@ class Site:
         ]
         self.app: ASGIApp = Starlette(routes=routes)
 
-    def connect(self, path: Path) -> Wire:
-        return Wire(self.frontend, path, self.inference, self.app)
+    def connect(self, path: Path, lean: Lean | None = None) -> Wire:
+        """`lean`: for connections that are to share what they know."""
+        return Wire(self.frontend, path, self.inference, self.app, lean)
 
     @property
     def is_idle(self) -> bool:

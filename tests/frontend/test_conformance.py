@@ -1,4 +1,5 @@
-"""The table of `conformance.py`, on both paths, in one read and byte by byte; and inputs that were never thought of."""
+"""The table of `conformance.py`, on both paths and with heads that are known, in one read and byte by byte; and inputs
+that were never thought of."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ import logging
 import os
 import random
 import re
+from collections.abc import Iterator
 
 import pytest
+from uvicorn.server import ServerState
 
+from frontend.lean import Lean
 from tests.frontend.conformance import GOOD, ROWS, Row, short
 from tests.frontend.site import Site
 from tests.frontend.wire import PATHS, Path
@@ -22,11 +26,28 @@ READ = 16 * 1024
 """What one read brings at most."""
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Lean]]:
+    """A frontend that has seen every row before."""
+    site = Site(tmp_path_factory.mktemp("site"))
+    lean = Lean(site.inference, ServerState())
+
+    async def run() -> None:
+        for row in ROWS:
+            await exchange(site, "lean", row.nameless.sent, [], lean)
+
+    asyncio.run(run())
+    yield site, lean
+    site.frontend.close()
+
+
 def cuts_of(sent: bytes, how: str) -> list[list[int]]:
     """The ways in which the bytes are cut into reads."""
     reads = list(range(READ, len(sent), READ))
     if how == "whole" or len(sent) > READ:  # the long ones byte by byte would only be slow
         return [reads]
+    if how == "by requests":
+        return [[found.start() for found in re.finditer(rb"(?:POST|GET) /", sent)][1:]]
     return [list(range(1, len(sent)))] if how == "byte by byte" else [[at] for at in range(7, len(sent), 31)]
 
 
@@ -40,6 +61,36 @@ def test_row(site: Site, row: Row, path: Path, how: str) -> None:
             assert (short(out), "closed" if is_closing else "open", tuple(bodies)) == row[2:], cuts
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["whole", "by requests", "in two"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_row_that_comes_again(warm: tuple[Site, Lean], row: Row, how: str) -> None:
+    site, lean = warm
+    row = row.nameless
+
+    async def run() -> None:
+        for cuts in cuts_of(row.sent, how):
+            out, is_closing, bodies = await exchange(site, "lean", row.sent, cuts, lean)
+            assert (named(out), "closed" if is_closing else "open", tuple(bodies)) == row[2:], cuts
+
+    asyncio.run(run())
+
+
+def test_what_is_known_are_single_good_requests(warm: tuple[Site, Lean]) -> None:
+    known = [row for row in ROWS if warm[1].known.whole(row.nameless.sent) is not None]
+    assert all(row.forwarded == (b"{}",) for row in known)
+    assert {row.name for row in known} == {
+        "length",
+        "leading zeros of a length",
+        "bytes above ASCII in a value",
+        "an empty host",
+        "Connection: keep-alive",
+        "Connection: close",
+        "close among other words",
+        "HTTP/1.0",
+        "HTTP/1.0 is not kept alive",
+    }
 
 
 def mutated(rng: random.Random) -> bytes:
@@ -70,7 +121,7 @@ def named(out: bytes) -> bytes:
     return re.sub(rb"x-request-id: [0-9a-f]{24}\r", b"x-request-id: made\r", short(out))
 
 
-SHORT = [row for row in ROWS if len(row.sent) < 1000]
+SHORT = [form for row in ROWS if len(row.sent) < 1000 for form in (row, row.nameless)]
 WORDS = [
     b"\r\n",
     b"\n",
@@ -83,10 +134,12 @@ WORDS = [
 ]
 
 
-async def exchange(site: Site, path: Path, data: bytes, cuts: list[int]) -> tuple[bytes, bool, list[bytes]]:
+async def exchange(
+    site: Site, path: Path, data: bytes, cuts: list[int], lean: Lean | None = None
+) -> tuple[bytes, bool, list[bytes]]:
     """What an input brings about on one path; afterwards nothing of it is left."""
     site.engine.bodies.clear()
-    wire = site.connect(path)
+    wire = site.connect(path, lean)
     start = 0
     for cut in (*cuts, len(data)):
         wire.feed(data[start:cut])
@@ -108,15 +161,18 @@ async def exchange(site: Site, path: Path, data: bytes, cuts: list[int]) -> tupl
 
 def test_any_input_means_the_same_on_both_paths_and_leaves_nothing(site: Site) -> None:
     rng = random.Random(4)
+    known = Lean(site.inference, ServerState())
 
     async def run() -> None:
         for _ in range(INPUTS):
             data = mutated(rng)
             cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randint(0, 2)))
             lean, plain = [await exchange(site, path, data, cuts) for path in PATHS]
+            again = await exchange(site, "lean", data, cuts, known)
             if b"expect" in data.lower():
                 continue  # whether 100 is said depends on what has been read by then, not on the input alone
-            assert (named(lean[0]), *lean[1:]) == (named(plain[0]), *plain[1:]), (data, cuts)
+            for found in (lean, again):
+                assert (named(found[0]), *found[1:]) == (named(plain[0]), *plain[1:]), (data, cuts)
 
     asyncio.run(run())
 

@@ -23,7 +23,7 @@ from frontend.upstream.base import Headers
 from tests.frontend.fakes import Frontend
 
 Path = Literal["lean", "plain"]
-"""The two ways an inference request may go."""
+"""The two ways an inference request may go. (Of the lean one a third is a part: a head that was seen before.)"""
 PATHS: tuple[Path, ...] = ("lean", "plain")
 HIGH_WATER = 64 * 1024
 
@@ -131,18 +131,27 @@ class Transport:
 class Wire:
     """A connection to a frontend, of which `app` is the application and `inference` goes the `path` given."""
 
-    def __init__(self, frontend: Frontend, path: Path, inference: Inference, app: ASGIApp | None = None) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        path: Path,
+        inference: Inference,
+        app: ASGIApp | None = None,
+        lean: Lean | None = None,
+    ) -> None:
+        """`lean`: what it shares with other connections on the lean path, the heads that they have seen among it."""
         config = uvicorn.Config(app or inference, ws="none", lifespan="off", log_config=None, access_log=False)  # type: ignore[arg-type]  # uvicorn's word for the same
         self.state = ServerState()
         self.idle = IdleConnections(asyncio.get_running_loop(), 75.0)
-        lean = Lean(inference, self.state) if path == "lean" else None
+        if path == "lean" and lean is None:
+            lean = Lean(inference, self.state)
         self.connection = Connection(
             config,
             self.state,
             {},
             frontend.counters,
             self.idle,
-            lean,
+            lean if path == "lean" else None,
             bound=frontend.config.upstream.stream_buffer_bytes,
         )
         self.transport = Transport(self.connection)
