@@ -17,6 +17,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from broker import addresses
 from broker.errors import ConfigError, ConfigMalformed, ConfigUnreadable, PortMissing
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -43,6 +44,15 @@ PolicyName = Literal[
     "prefix_cost",
 ]
 """FastDeploy's nine names and ours."""
+
+
+def _check(key: str, value: str, form: Callable[[str], object]) -> None:
+    """Of an address, which may be left empty. A `ValueError` becomes a `ConfigError` that names the section, too."""
+    if value:
+        try:
+            form(value)
+        except ValueError as e:
+            raise ValueError(f"{key} {e}") from e
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -114,6 +124,8 @@ class Scheduler(Section, frozen=True, forbid_unknown_fields=True):
     prefix_blocks_per_prompt: Annotated[int, Meta(ge=1, le=1 << 16)] = 1024
     """Beginnings of prompts longer than this are as if they were new."""
     tokenizer_url: str = ""
+    """FastDeploy's tokenizer service; `http://` and the path `/tokenize` may be left out. Empty = prompts are cut into
+    characters."""
     tokenizer_timeout_secs: Positive = 2.0
     balance_abs_threshold: NotNegative = 1.0
     balance_rel_threshold: NotNegative = 0.2
@@ -137,6 +149,9 @@ class Scheduler(Section, frozen=True, forbid_unknown_fields=True):
     prefill_tokens_per_sec: Positive = 5000.0
     """How fast an engine reads a prompt: what a cold cache costs, weighed against a wait."""
 
+    def __post_init__(self) -> None:
+        _check("tokenizer-url", self.tokenizer_url, addresses.service)
+
 
 class Manager(Section, frozen=True, forbid_unknown_fields=True):
     register_path: str = ""
@@ -146,12 +161,16 @@ class Manager(Section, frozen=True, forbid_unknown_fields=True):
     health_check_timeout_secs: Positive = 5.0
     health_check_interval_secs: Positive = 5.0
     health_check_endpoint: str = "/health"
+    """Path, and query, that are appended to an instance's URL."""
     metrics_interval_secs: Positive = 1.0
     """Period of `/metrics` polling for engines that publish nothing."""
     stale_after_secs: Positive = 5.0
     """A load report older than this is treated as unknown."""
     expire_after_secs: NotNegative = 600.0
     """An instance that stays unhealthy this long is forgotten; 0 = at once."""
+
+    def __post_init__(self) -> None:
+        _check("health-check-endpoint", self.health_check_endpoint, addresses.target)
 
 
 class Log(Section, frozen=True, forbid_unknown_fields=True):
@@ -182,6 +201,11 @@ class Engines(Section, frozen=True, forbid_unknown_fields=True):
     """For example `tcp://0.0.0.0:30001`: where vLLM's P2pNcclConnector (`proxy_ip`, `proxy_port`) registers engines."""
     load_bind: str = ""
     """For example `tcp://0.0.0.0:30101`."""
+
+    def __post_init__(self) -> None:
+        _check("control-bind", self.control_bind, addresses.bind)
+        _check("p2p-nccl-bind", self.p2p_nccl_bind, addresses.bind)
+        _check("load-bind", self.load_bind, addresses.bind)
 
 
 class Timeouts(Section, frozen=True, forbid_unknown_fields=True):

@@ -13,6 +13,12 @@ UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for foreign bytes: of another shape, with text that is not UTF-8, or nested without end."""
 
 
+def shown(value: object) -> str:
+    """A value as a message may show it: short, on one line."""
+    text = repr(bytes(value) if isinstance(value, msgspec.Raw) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 class PenstockError(Exception):
     """Root of the tree. `status` and `kind` make the answer; `retryable` says that another instance may be tried."""
 

@@ -15,10 +15,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from urllib.parse import urlsplit
 
 import msgspec
 
+from broker import addresses
 from broker.config import Config
 from broker.errors import UNDECODABLE, PenstockError
 from broker.policies import TOKENIZED, in_use
@@ -46,10 +46,10 @@ class Tokenizer:
 
     def __init__(self, url: str, timeout_s: float, upstream: Upstream, loop: asyncio.AbstractEventLoop) -> None:
         """`url` as FastDeploy has it: the scheme and the path `/tokenize` may be missing."""
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        path = parts.path if parts.path.strip("/") else "/tokenize"
-        self._path = f"{path}?{parts.query}" if parts.query else path
-        self._service = Instance(url=f"{parts.scheme}://{parts.netloc}")
+        origin, target = addresses.service(url)
+        path, mark, query = target.partition("?")
+        self._path = (path if path.strip("/") else "/tokenize") + mark + query
+        self._service = Instance(url=origin)
         self._timeout_s = timeout_s
         self._upstream = upstream
         self._loop = loop

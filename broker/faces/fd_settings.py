@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from broker import config
+from broker import addresses, config
 from broker.config import Tree
 from broker.errors import ConfigMalformed
 
@@ -49,6 +49,13 @@ def read(tree: Tree) -> tuple[Tree, list[str]]:
                 doubts.append(f"config: '{section}.{key}' cannot be 0; its default is used")
             else:
                 kept.setdefault(section, {})[key] = _whole(types[section, key], value)
+    url = kept.get("scheduler", {}).get("tokenizer-url")
+    if isinstance(url, str):
+        try:
+            addresses.service(url)
+        except ValueError as e:
+            doubts.append(f"config: 'scheduler.tokenizer-url' {e}; prompts are cut into characters")
+            del kept["scheduler"]["tokenizer-url"]
     log = kept.get("log", {})
     if log.get("output") != "file":
         log.pop("output", None)  # whatever else it says means standard output

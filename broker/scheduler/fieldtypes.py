@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import msgspec
-
-from broker.errors import BadRegistration, Fault
+from broker.errors import BadRegistration, Fault, shown
 from broker.faces import go
 from broker.faces.go import kind
 
@@ -28,12 +26,6 @@ def wrong(field: str, wanted: str, value: object, detail: str) -> BadRegistratio
     return BadRegistration(
         f"{field} must be {wanted}, not {shown(value)}", param=field, fault=Fault.MALFORMED, detail=detail
     )
-
-
-def shown(value: object) -> str:
-    """A value as an error message may show it: short, on one line."""
-    text = repr(bytes(value) if isinstance(value, msgspec.Raw) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _role(field: str, value: object) -> None:

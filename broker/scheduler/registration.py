@@ -7,17 +7,16 @@ send (`metrics_port: null`, IPv6, host names) it is accepted. Unknown keys are i
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from broker import wire
-from broker.errors import UNDECODABLE, BadRegistration, Fault, MetadataTooLarge
+from broker import addresses, wire
+from broker.errors import UNDECODABLE, BadRegistration, Fault, MetadataTooLarge, shown
 from broker.faces import go
-from broker.scheduler.fieldtypes import check_types, shown
+from broker.scheduler.fieldtypes import check_types
 from broker.types import Connector, EngineKind, FastDeployFields, Instance, PairFields, Role
 
 Fields = Mapping[str, Any]
@@ -25,9 +24,7 @@ Fields = Mapping[str, Any]
 MOST_CAPACITY = 1 << 31
 MOST_MODELS = 256
 _FASTDEPLOY_FIELDS = frozenset(FastDeployFields.__struct_fields__) - {"version"}  # a word that others use, too
-_HOST = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?")
 _ZMQ_ADDRESS = re.compile(r"[A-Za-z0-9.-]{1,253}:\d{1,5}")
-_ENDPOINT = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):(?P<port>\d{1,5})|ipc://[\x21-\x7e]{1,100}")
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,30 +217,14 @@ def _engine(fields: Fields) -> EngineKind | None:
 
 
 def _host(fields: Fields, native: bool) -> tuple[str, str]:
-    """Scheme and host in the form they have within a URL: lower case, IPv6 in brackets."""
+    """Scheme and host."""
     value = fields.get("host_ip")
     if value is None or value == "":
         raise _missing("host_ip")
-    wanted, detail = "must be an IPv4 or IPv6 address or a host name", f"invalid host_ip: {value}"
-    scheme, separator, host = value.lower().partition("://")
-    if not separator:
-        scheme, host = ("tcp" if native else "http"), scheme
-    if scheme not in (("tcp",) if native else ("http", "https")):
-        raise bad("host_ip", f"has an unknown scheme: {shown(value)}", detail=detail)
-    host = host.removesuffix("/")
     try:
-        if ":" in host:
-            address = ipaddress.IPv6Address(host.removeprefix("[").removesuffix("]"))
-            if address.scope_id is not None:
-                raise bad("host_ip", "must not have a scope id", detail=detail)
-            return scheme, f"[{address.compressed}]"
-        if host.rsplit(".", 1)[-1].isdigit():  # as browsers have it: what ends in a number is an IPv4 address
-            return scheme, str(ipaddress.IPv4Address(host))
-    except ipaddress.AddressValueError as e:
-        raise bad("host_ip", f"{wanted}, not {shown(value)}: {e}", detail=detail) from e
-    if len(host) > 253 or not _HOST.fullmatch(host):
-        raise bad("host_ip", f"{wanted}, not {shown(value)}", detail=detail)
-    return scheme, host
+        return addresses.origin(value, ("tcp",) if native else ("http", "https"))
+    except ValueError as e:
+        raise bad("host_ip", str(e), detail=f"invalid host_ip: {value}") from e
 
 
 def _port(field: str, value: object, *, detail: str = "invalid {field}: {value}") -> int | None:
@@ -302,13 +283,10 @@ def _load_endpoints(value: object) -> str:
 
 
 def _endpoint(field: str, value: object) -> str:
-    """A ZMQ endpoint that others can connect to."""
-    match = _ENDPOINT.fullmatch(value) if isinstance(value, str) else None
-    if not match or (match["port"] and not 1 <= int(match["port"]) <= 65535):
-        raise bad(field, f"must be tcp://host:port or ipc://path, not {shown(value)}")
-    if match["host"] in ("0.0.0.0", "[::]"):
-        raise bad(field, f"must be an address to connect to, not the wildcard {match['host']}")
-    return match[0]
+    try:
+        return addresses.endpoint(value)
+    except ValueError as e:
+        raise bad(field, str(e)) from e
 
 
 def _transfer(value: object) -> bytes:

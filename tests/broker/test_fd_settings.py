@@ -63,6 +63,8 @@ def test_the_originals_example_is_read_as_it_stands() -> None:
         ("scheduler", "policy", "", "request_num"),
         ("scheduler", "policy", None, "request_num"),
         ("manager", "health_check_endpoint", "", "/health"),
+        ("manager", "health_check_endpoint", "?probe=1", "?probe=1"),
+        ("scheduler", "tokenizer_url", "10.0.0.1:8098", "10.0.0.1:8098"),
         ("log", "output", "somewhere", "stdout"),
         ("log", "output", "file", "file"),
         ("log", "level", "warn", "warn"),
@@ -87,6 +89,11 @@ def test_a_value_is_what_the_original_makes_of_it(section: str, key: str, writte
         (
             {"scheduler": {"cache-block-size": 0}},
             "config: 'scheduler.cache-block-size' cannot be 0; its default is used",
+        ),
+        (
+            {"scheduler": {"tokenizer-url": "http://a:b"}},
+            "config: 'scheduler.tokenizer-url' must be a URL, not 'http://a:b': Port could not be cast to integer "
+            "value as 'b'; prompts are cut into characters",
         ),
         ({"log": {"level": "loud"}}, "config: 'log.level' is one of debug, info, warn, error; its default is used"),
     ],
@@ -115,6 +122,7 @@ def test_a_section_that_is_none_stops_the_start(tree: dict[str, Any]) -> None:
         {"manager": {"health-failure-threshold": "3"}},
         {"manager": {"health-failure-threshold": 2.5}},
         {"manager": {"health-check-interval-secs": -1}},
+        {"manager": {"health-check-endpoint": "health"}},
         {"server": {"splitwise": "perhaps"}},
     ],
 )
