@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+TWINS  := $(wildcard shm/*/*.c broker/*/*.c)
 ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -13,7 +14,7 @@ help: ## list the targets
 
 install: $(STAMP) ## create .venv from the lock
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock pyproject.toml setup.py $(TWINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
@@ -61,4 +62,5 @@ lock: ## resolve pyproject.toml anew into requirements.lock (needs uv)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/results benchmarks/peers/installed
+	rm -f $(TWINS:.c=*.so)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

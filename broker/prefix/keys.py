@@ -12,13 +12,25 @@ that collide; that misleads the choice of an instance and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shm.compiled import is_wanted
+
+compiled: ModuleType | None = None
+"""The compiled twins; None: there are none, or they are not wanted."""
+if is_wanted():
+    with contextlib.suppress(ImportError):
+        from broker.prefix import _keys
+
+        compiled = _keys
 
 BLOCKS = 1024
 """Blocks of one prompt that count, if nobody says otherwise; the rest of it is as if it were new."""
@@ -39,24 +51,44 @@ def _constants(name: str, count: int) -> Words:
     return np.frombuffer(data, dtype="<u8").astype(np.uint64) | np.uint64(1)
 
 
+@lru_cache(maxsize=16)
+def _weights(name: str, count: int) -> tuple[bytes, bytes]:
+    """The constants of blocks of so many words, for the compiled twin."""
+    return _constants(name, count).tobytes(), _constants(f"{name} high", count).tobytes()
+
+
+@lru_cache(maxsize=16)
+def _places(count: int) -> bytes:
+    return _constants("place", count).tobytes()
+
+
 @lru_cache(maxsize=1024)
-def namespace(model: str, block: int, kind: Kind) -> np.uint64:
+def namespace(model: str, block: int, kind: Kind) -> int:
     """Where the chains of a model begin.
 
     Keys of different namespaces are equal only by chance, so text blocks, token blocks and an engine's own blocks of
     another size live side by side in one table.
     """
     digest = hashlib.blake2b(f"{kind}/{block}/{model}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest, "little"))
+    return int.from_bytes(digest, "little")
 
 
-def text_keys(text: str, block: int, start: np.uint64, limit: int = BLOCKS) -> Vector:
+def text_keys(text: str, block: int, start: int, limit: int = BLOCKS) -> Vector:
     """The keys of the full blocks of `block` characters (code points), at most `limit`.
 
     A block hashes alike whatever else is in its prompt: a prompt in ASCII and one that goes on in Chinese share the
     blocks they share.
     """
     count = min(len(text) // block, limit)
+    if compiled is None or not count:
+        return _text_keys(text, block, start, count)
+    keys = np.empty(count, dtype=np.int64)
+    narrow, wide = _weights("narrow", -(-block // 8)), _weights("wide", -(-block // 2))
+    compiled.text_keys(block, start, _places(_round(count)), keys, text, *narrow, *wide)
+    return keys
+
+
+def _text_keys(text: str, block: int, start: int, count: int) -> Vector:
     if not count:
         return np.empty(0, dtype=np.int64)
     text = text[: count * block]
@@ -69,13 +101,17 @@ def text_keys(text: str, block: int, start: np.uint64, limit: int = BLOCKS) -> V
     return _chain(hashes, start)
 
 
-def token_keys(tokens: Sequence[int] | Vector, block: int, start: np.uint64, limit: int = BLOCKS) -> Vector:
+def token_keys(tokens: Sequence[int] | Vector, block: int, start: int, limit: int = BLOCKS) -> Vector:
     """The keys of the full blocks of `block` token ids, at most `limit`."""
     count = min(len(tokens) // block, limit)
     if not count:
         return np.empty(0, dtype=np.int64)
-    ids = np.asarray(tokens[: count * block], dtype=np.int64).astype(np.uint32)
-    return _chain(_wide(ids.reshape(count, block)), start)
+    ids = np.asarray(tokens[: count * block], dtype=np.int64)
+    if compiled is None:
+        return _chain(_wide(ids.astype(np.uint32).reshape(count, block)), start)
+    keys = np.empty(count, dtype=np.int64)
+    compiled.token_keys(block, start, _places(_round(count)), keys, ids, *_weights("wide", -(-block // 2)))
+    return keys
 
 
 def _narrow(rows: NDArray[np.uint8]) -> Words:
@@ -112,14 +148,19 @@ def _hashed(words: Words, name: str) -> Words:
     return hashes
 
 
-def _chain(hashes: Words, start: np.uint64) -> Vector:
+def _round(count: int) -> int:
+    """For how many places there are constants: few different numbers, so that they are kept."""
+    return -(-count // BLOCKS) * BLOCKS
+
+
+def _chain(hashes: Words, start: int) -> Vector:
     """Key k: the sum of the first k blocks' hashes, each weighted by its place, from `start` on.
 
     At last the high half is laid over the low one, which alone chooses the bucket and is of lesser quality.
     """
     count = len(hashes)
-    hashes *= _constants("place", -(-count // BLOCKS) * BLOCKS)[:count]
-    hashes[0] = (hashes.item(0) + int(start)) & _ALL  # as integers: it may wrap around, and takes half as long
+    hashes *= _constants("place", _round(count))[:count]
+    hashes[0] = (hashes.item(0) + start) & _ALL  # as integers: it may wrap around, and takes half as long
     np.add.accumulate(hashes, out=hashes)
     hashes ^= hashes >> _S32
     hashes |= _NEVER_ZERO  # 0 is the table's word for nothing

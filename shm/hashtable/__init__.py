@@ -48,7 +48,7 @@ These are store-store and load-load orders, which x86-64 keeps (see `shm.fence`)
 """
 
 from shm.hashtable.layout import HORIZON, MAX_MEMBERS, WAYS, blocks
-from shm.hashtable.reader import Found, Run, TableReader
+from shm.hashtable.reader import Found, TableReader
 from shm.hashtable.writer import TableWriter
 
-__all__ = ["HORIZON", "MAX_MEMBERS", "WAYS", "Found", "Run", "TableReader", "TableWriter", "blocks"]
+__all__ = ["HORIZON", "MAX_MEMBERS", "WAYS", "Found", "TableReader", "TableWriter", "blocks"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shm.compiled import is_wanted
 from shm.hashtable.layout import (
     COUNT_BITS,
     COUNT_MASK,
@@ -20,18 +22,21 @@ from shm.hashtable.layout import (
     bitmap,
     inline,
 )
+from shm.segment import Segment
+
+compiled: type[Compiled] | None = None
+"""The compiled twin of the look-up; None: there is none, or it is not wanted."""
+if is_wanted():
+    with contextlib.suppress(ImportError):
+        from shm.hashtable._table import Table as Compiled
+
+        compiled = Compiled
+
+MANY = 16
+"""Members from which on a set is stored as a vector: 4 us for any number, where one by one takes 0.2 us for each."""
 
 _NOT_ODD, _SHIFT, _WAY = np.int64(-2), np.int64(WAY_BITS), np.int64(WAYS - 1)
 _NONE = np.empty(0, dtype=np.int64)
-
-
-class Run(NamedTuple):
-    """Keys found one after another that have the same set; others may be missing in between."""
-
-    stop: int
-    """Behind the last of them, as an index into all keys."""
-    members: int
-    """The set as an integer: bit m is member m."""
 
 
 class Found(NamedTuple):
@@ -39,7 +44,8 @@ class Found(NamedTuple):
 
     at: Vector
     """Which of them are in the table, rising."""
-    runs: list[Run]
+    reach: Vector
+    """By member: index behind the last key whose set has it, 0 = none. At least as long as the table has members."""
     raw_uses: Vector
     """Of each key found, as stored."""
     tick: int
@@ -71,10 +77,28 @@ class Found(NamedTuple):
 class TableReader(Table):
     """For any process. Never waits, never retries, writes nothing."""
 
+    def __init__(self, segment: Segment) -> None:
+        super().__init__(segment)
+        self._most = self._pool.shape[1] * 64
+        self._compiled: Compiled | None = None
+        if compiled is not None:
+            self._compiled = compiled(self._sequence, self._keys, self._members, self._uses, self._pool)
+
     def find(self, keys: Vector) -> Found:
-        """Those of `keys` that are in the table, their sets in runs of equal ones, and their recent uses.
+        """Those of `keys` that are in the table, how far the members of their sets reach, and their recent uses.
 
         A key that is being moved at this moment counts as missing.
+        """
+        reach = np.zeros(self._most, dtype=np.int64)
+        if self._compiled is None:
+            return self._find(keys, reach)
+        count = len(keys)
+        out = np.empty((2, count), dtype=np.int64)
+        missing = count - self._compiled.find(keys, out, reach)
+        return Found(out[0, missing:], reach, out[1, missing:], self.tick)
+
+    def _find(self, keys: Vector, reach: Vector) -> Found:
+        """The Python twin: numpy per key, Python per run of equal sets.
 
         Measured for 512 keys of which 384 are there, in 7 runs: 17 us, of which the probe itself is 6.
         """
@@ -83,7 +107,7 @@ class TableReader(Table):
         # The one place of each key, as an index into all of these rows: keys are never twice in a bucket.
         hits = (self._keys.take(buckets, axis=0) == keys[:, None]).reshape(-1).nonzero()[0]
         if not len(hits):
-            return Found(_NONE, [], _NONE, self.tick)
+            return Found(_NONE, reach, _NONE, self.tick)
         at = hits >> _SHIFT
         if len(at) < len(keys):
             buckets, before = buckets.take(at), before.take(at)
@@ -102,10 +126,13 @@ class TableReader(Table):
             if not stood.all():
                 at, words, uses = at[stood], words[stood], uses[stood]
                 if not len(at):
-                    return Found(_NONE, [], _NONE, self.tick)
+                    return Found(_NONE, reach, _NONE, self.tick)
                 ends, last = _runs(words)
-        runs = [Run(at.item(end) + 1, sets[word]) for end, word in zip(ends, last, strict=True)]
-        return Found(at, runs, uses, self.tick)
+        seen = 0
+        for end, word in zip(reversed(ends), reversed(last), strict=True):
+            _store(reach, sets[word] & ~seen, at.item(end) + 1)
+            seen |= sets[word]
+        return Found(at, reach, uses, self.tick)
 
     def _pooled(self, word: int) -> int:
         return int.from_bytes(self._pool[bitmap(word)].tobytes(), "little")
@@ -116,3 +143,15 @@ def _runs(words: Vector) -> tuple[list[int], list[int]]:
     ends: list[int] = (words[1:] != words[:-1]).nonzero()[0].tolist()
     ends.append(len(words) - 1)
     return ends, [words.item(end) for end in ends]
+
+
+def _store(reach: Vector, members: int, stop: int) -> None:
+    """`stop` for each bit of `members`."""
+    if members.bit_count() > MANY:
+        bits = np.frombuffer(members.to_bytes(-(-members.bit_length() // 8), "little"), dtype=np.uint8)
+        reach[np.unpackbits(bits, bitorder="little").nonzero()[0]] = stop
+        return
+    while members:
+        low = members & -members
+        reach[low.bit_length() - 1] = stop
+        members ^= low

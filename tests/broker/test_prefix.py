@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,10 +16,13 @@ from broker.errors import WireError
 from broker.policies.prefix_cost import PrefixCost
 from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, create_prefix, prefix_layout
 from broker.prefix.index import BATCH_BYTES, OUTBOX_BYTES, PENDING
-from broker.prefix.keys import BLOCKS, namespace, text_keys, token_keys
+from broker.prefix.keys import BLOCKS, compiled, namespace, text_keys, token_keys
 from broker.types import RouteRequest
 from broker.wire import RoutingNotices
 from tests.support.loads import FakeLoads
+from tests.support.twins import twin
+
+__all__ = ["twin"]  # for every test of this file
 
 SLOTS, FRONTENDS = 16, 3
 START = namespace("m", 64, "text")
@@ -144,6 +148,44 @@ def test_keys_are_the_same_in_every_process_and_version() -> None:
     """A change of the hash is a change of the layout: old and new frontends may share one index for a while."""
     assert text_keys("x" * 128, 64, START).tolist() == [-5714482555872684850, -4285977973691084249]
     assert token_keys([1, 2, 3, 4], 2, START).tolist() == [-7552543605295928840, -5079778827109150454]
+
+
+anything = st.text(st.one_of(st.characters(max_codepoint=127), st.characters(), st.sampled_from("é你\U0001f600\ud83d")))
+
+
+@given(text=anything, block=st.integers(1, 70), limit=st.integers(0, 9), start=st.integers(0, 2**64 - 1))
+def test_the_twins_make_the_same_keys(text: str, block: int, limit: int, start: int) -> None:
+    text *= 9
+    with mock.patch("broker.prefix.keys.compiled", None):
+        expected = text_keys(text, block, start, limit).tolist()
+    assert text_keys(text, block, start, limit).tolist() == expected
+
+
+@given(ids=st.lists(st.integers(-(2**63), 2**63 - 1)), block=st.integers(1, 9), start=st.integers(0, 2**64 - 1))
+def test_the_twins_make_the_same_keys_of_ids(ids: list[int], block: int, start: int) -> None:
+    with mock.patch("broker.prefix.keys.compiled", None):
+        expected = token_keys(ids, block, start).tolist()
+    assert token_keys(ids, block, start).tolist() == expected
+
+
+def test_the_compiled_twin_reads_nothing_that_is_not_there(twin: str) -> None:
+    if twin == "python":
+        return
+    keys, one, none = np.empty(2, dtype=np.int64), bytes(64), b""
+    for text, places, narrow, wide in (
+        ("x" * 127, one, one, bytes(256)),
+        ("x" * 128, none, one, bytes(256)),
+        ("x" * 128, one, none, bytes(256)),
+        ("x" * 128, one, one, bytes(248)),
+    ):
+        with pytest.raises(ValueError, match="few"):
+            compiled.text_keys(64, 0, places, keys, text, narrow, one, wide, bytes(256))
+    with pytest.raises(ValueError, match="few"):
+        compiled.token_keys(4, 0, one, keys, np.zeros(7, dtype=np.int64), one, one)
+    with pytest.raises(ValueError, match="no block"):
+        compiled.token_keys(0, 0, one, keys, np.zeros(8, dtype=np.int64), one, one)
+    with pytest.raises(TypeError):
+        compiled.text_keys(64, 0, one, keys, b"x" * 128, one, one, one, one)
 
 
 # -- frontends ---------------------------------------------------------------------------------------------

@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shm.hashtable import HORIZON, MAX_MEMBERS, WAYS, TableReader, TableWriter, blocks
+from shm.hashtable import HORIZON, MAX_MEMBERS, WAYS, Found, TableReader, TableWriter, blocks
 from shm.segment import Layout, Segment, SegmentSpace
 from tests.support.children import child, pipe
+from tests.support.twins import twin
+
+__all__ = ["twin"]  # for every test of this file
 
 MEMBERS = 70
 """More than a word of a bitmap holds."""
@@ -38,24 +41,29 @@ def keys(*numbers: int) -> Vector:
     return np.array(numbers, dtype=np.int64)
 
 
-def members(found: int) -> set[int]:
-    return {member for member in range(found.bit_length()) if found >> member & 1}
-
-
 def look(reader: TableReader, key: int) -> set[int] | None:
     found = reader.find(keys(key))
-    return members(found.runs[0].members) if found.runs else None
+    return members(found) if len(found.at) else None
+
+
+def members(found: Found) -> set[int]:
+    """All that are in the set of any of the keys found."""
+    return set(found.reach.nonzero()[0].tolist())
+
+
+def reach(found: Found) -> dict[int, int]:
+    return {member: int(found.reach[member]) for member in members(found)}
 
 
 # -- one process -------------------------------------------------------------------------------------------
 
 
-def test_finds_keys_in_runs_of_equal_sets(shared: Segment) -> None:
+def test_a_member_reaches_as_far_as_the_last_key_whose_set_has_it(shared: Segment) -> None:
     writer, reader = TableWriter(shared), TableReader(shared)
     writer.add(keys(1, 2, 3, 4, 5), 7, 1)
     writer.add(keys(1, 2, 3), 60, 2)
     found = reader.find(keys(1, 2, 3, 4, 99, 5))
-    assert [(run.stop, members(run.members)) for run in found.runs] == [(3, {7, 60}), (6, {7})]
+    assert reach(found) == {60: 3, 7: 6}
     assert found.at.tolist() == [0, 1, 2, 3, 5]
     assert len(found.uses(keys(0, 4))) == 2
 
@@ -63,9 +71,9 @@ def test_finds_keys_in_runs_of_equal_sets(shared: Segment) -> None:
 def test_missing_keys_are_passed_over(shared: Segment) -> None:
     writer, reader = TableWriter(shared), TableReader(shared)
     writer.add(keys(2, 3), 7, 1)
-    assert reader.find(keys(1, 2, 3)).runs == [(3, 1 << 7)]
-    assert reader.find(keys(1, 4)).runs == []
-    assert reader.find(keys()).runs == []
+    assert reach(reader.find(keys(1, 2, 3))) == {7: 3}
+    assert reach(reader.find(keys(1, 4))) == {}
+    assert reach(reader.find(keys())) == {}
 
 
 def test_uses_fade_with_the_ticks_of_others(shared: Segment) -> None:
@@ -225,6 +233,40 @@ def test_forgets_but_never_invents_when_full(tmp_path_factory: pytest.TempPathFa
         assert TableWriter(shared)._holders == writer._holders
 
 
+@given(steps=operations(many_keys), asked=st.lists(st.integers(1, 220), max_size=150))
+def test_the_twins_find_the_same(tmp_path_factory: pytest.TempPathFactory, steps: Any, asked: list[int]) -> None:
+    shared = segment(tmp_path_factory.getbasetemp() / "twins", capacity=8 * WAYS, pool=4)
+    writer, reader = TableWriter(shared), TableReader(shared)
+    for tick, (name, what, member) in enumerate(steps, 1):
+        writer.add(keys(*what), member, tick) if name == "add" else writer.forget(what)
+    found, expected = reader.find(keys(*asked)), reader._find(keys(*asked), np.zeros_like(reader.find(keys()).reach))
+    assert found.at.tolist() == expected.at.tolist()
+    assert reach(found) == reach(expected)
+    assert found.raw_uses.tolist() == expected.raw_uses.tolist()
+
+
+def test_the_compiled_twin_reads_and_writes_nothing_that_is_not_there(shared: Segment, twin: str) -> None:
+    if twin == "python":
+        return
+    for member in range(6):
+        TableWriter(shared).add(keys(1), member, 1)
+    table = TableReader(shared)._compiled
+    assert table is not None
+    with pytest.raises(ValueError, match="room"):
+        table.find(keys(1, 2), keys(0, 0, 0), keys(0))
+    out, reached = keys(0, 0), keys(0, 0, 0)
+    assert table.find(keys(1), out, reached) == 1
+    assert reached.tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="int64"):
+        table.find(np.zeros(3, dtype=np.int8), out, reached)
+    arrays = [shared.array(name[1:]) for name in ARRAYS]
+    for place in range(4):
+        with pytest.raises(ValueError, match="one table"):
+            type(table)(*arrays[:place], arrays[place].reshape(-1)[:-1].copy(), *arrays[place + 1 :])
+    shared.array("members")[:] = -1 << 62  # names a bitmap beyond the last
+    assert table.find(keys(1), out, reached) == 0
+
+
 # -- killed at every store ---------------------------------------------------------------------------------
 
 
@@ -354,6 +396,8 @@ class Interrupted:
 
 
 ARRAYS = ("_sequence", "_keys", "_members", "_uses", "_pool")
+LOADS = 20
+"""More than a look-up of one key takes: the compiled twin loads each key of a bucket and each word of a bitmap."""
 
 
 def _interrupted(shared: Segment, at: int, change: Callable[[], None]) -> TableReader:
@@ -367,6 +411,8 @@ def _interrupted(shared: Segment, at: int, change: Callable[[], None]) -> TableR
         if loads == at + 1:
             change()
 
+    if reader._compiled is not None:
+        reader._compiled.before_load(step)
     for name in ARRAYS:
         setattr(reader, name, Interrupted(getattr(reader, name), step))
     return reader
@@ -399,28 +445,34 @@ def _its_bitmap_to_another_key(writer: TableWriter) -> None:
 def test_a_reader_interrupted_anywhere_sees_no_other_keys_set(
     tmp_path: Path, change: Callable[[TableWriter], None], size: int
 ) -> None:
-    for at in range(12):
+    for at in range(LOADS):
         shared = segment(tmp_path / "table", capacity=WAYS, pool=2)
         writer = TableWriter(shared)
         for member in range(size):
             writer.add(keys(1), member, 1)
         reader = _interrupted(shared, at, lambda: change(writer))  # noqa: B023  # called before the loop goes on
-        found = reader.find(keys(1))
-        seen = members(found.runs[0].members) if found.runs else set()
+        seen = members(reader.find(keys(1)))
         assert seen <= {*range(size), 50} or seen == {61}, (at, seen)
+
+
+class Still(Segment):
+    """Says that its sequence never moves."""
+
+    def array(self, name: str) -> Vector:
+        found = super().array(name)
+        return np.zeros_like(found) if name == "sequence" else found
 
 
 def test_without_the_sequence_a_reader_sees_another_keys_set(tmp_path: Path) -> None:
     """The protection switched off: the same interruption, and a sequence that never moves."""
     wrong = 0
-    for at in range(12):
+    for at in range(LOADS):
         shared = segment(tmp_path / "table", capacity=WAYS)
         writer = TableWriter(shared)
         writer.add(keys(1), 0, 1)
-        reader = _interrupted(shared, at, lambda: _another_key_in_its_place(writer))  # noqa: B023  # as above
-        reader._sequence = np.zeros(1, dtype=np.int64)
-        found = reader.find(keys(1))
-        wrong += bool(found.runs) and members(found.runs[0].members) == {60}
+        still = Still.attach(tmp_path / "table")
+        reader = _interrupted(still, at, lambda: _another_key_in_its_place(writer))  # noqa: B023  # as above
+        wrong += members(reader.find(keys(1))) == {60}
     assert wrong
 
 
@@ -463,10 +515,9 @@ def test_beside_a_writer_no_key_is_seen_with_anothers_members(tmp_path: Path) ->
         while time.monotonic() < end:
             first = int(rng.integers(1, 400))
             seen = reader.find(np.arange(first, first + 8, dtype=np.int64))
-            for at in seen.at.tolist():
-                run = next(run for run in seen.runs if at < run.stop)
-                assert members(run.members) <= _own(first + at), first + at
-                found += 1
+            for member, stop in reach(seen).items():
+                assert member in _own(first + stop - 1), first + stop - 1
+            found += len(seen.at)
         here.send(True)
     assert found > 100
 
@@ -485,8 +536,7 @@ def test_forgetting_in_steps_misses_nothing_that_is_added_in_between(
         steps += 1
     assert steps > 4
     for number in numbers.tolist():
-        found = reader.find(keys(number))
-        assert found.runs, number
-        members = found.runs[0].members
-        assert not members >> 1 & 1, f"{number}: {members:b}"
-        assert members >> 5 & 1, f"{number}: {members:b}"
+        had = look(reader, number)
+        assert had is not None
+        assert 1 not in had, (number, had)
+        assert 5 in had, (number, had)

@@ -1,0 +1,238 @@
+/* The look-up of `shm.hashtable.reader`, several times cheaper: what a decision about a long prompt costs otherwise.
+
+   The contract is that of the Python twin, which tests/shm/test_hashtable.py holds it to: the same loads in the same
+   order (see `shm.hashtable`), the same result for every state of the table, and no access outside its arrays, whatever
+   these hold. Nothing is kept of a look-up, nothing stored to shared memory, and the interpreter's lock is held
+   throughout: 512 keys take a few microseconds, most of them spent waiting for cache lines, so the lines of the next
+   keys are asked for before those of the present ones are looked at. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { WAYS = 8, WAY_BITS = 3, FIELDS = 4, FIELD_BITS = 16, PLACE_BITS = 16 };
+enum { ROUND = 64 };     /* keys that are looked at together */
+enum { MOST_WORDS = 512 }; /* of a bitmap: MAX_MEMBERS + 1 bits */
+
+#define UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define PREFETCH(p) __builtin_prefetch(p)
+
+typedef struct {
+    PyObject_HEAD
+    Py_buffer held[5];
+    const int64_t *sequence, *keys, *members, *uses, *pool;
+    Py_ssize_t mask;  /* buckets - 1 */
+    Py_ssize_t sets;  /* bitmaps in the pool */
+    Py_ssize_t words; /* of a bitmap */
+    PyObject *before_load; /* called before each load of a shared cell; NULL but in tests */
+} Table;
+
+/* Loads of shared cells are single, aligned and in program order: atomics forbid the compiler to split, merge or invent
+   them, `FENCE` forbids it and the CPU to let later loads overtake earlier ones (nothing to do on x86-64). */
+#define FENCE() __atomic_thread_fence(__ATOMIC_ACQUIRE)
+
+static int interrupt(Table *t) {
+    PyObject *done = PyObject_CallNoArgs(t->before_load);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+#define LOAD(into, cell)                                                   \
+    do {                                                                   \
+        if (UNLIKELY(t->before_load != NULL) && interrupt(t) < 0) return -1; \
+        (into) = __atomic_load_n(&(cell), __ATOMIC_RELAXED);               \
+    } while (0)
+
+/* Where members were seen: `reach[m]` = index behind the last key whose set has m. Keys come from the last to the first,
+   so the first one seen counts. */
+typedef struct {
+    int64_t *reach;
+    Py_ssize_t members;
+    uint64_t seen[MOST_WORDS];
+} Reach;
+
+static void enter(Reach *r, Py_ssize_t word, uint64_t bits, int64_t stop) {
+    bits &= ~r->seen[word];
+    r->seen[word] |= bits;
+    for (; bits; bits &= bits - 1) {
+        Py_ssize_t member = word * 64 + __builtin_ctzll(bits);
+        if (member < r->members) r->reach[member] = stop;
+    }
+}
+
+/* Fills the ends of `at` and `uses`; returns how many keys were found, or -1 with an exception. */
+static Py_ssize_t look_up(Table *t, const int64_t *keys, Py_ssize_t count, int64_t *at, int64_t *uses, Reach *r) {
+    Py_ssize_t found = 0;
+    int64_t entered = 0; /* the word that `r` knows already; 0 is the empty set */
+    int64_t before[ROUND], place[ROUND];
+    for (Py_ssize_t i = count - 1; i >= 0 && i >= count - ROUND; i--) {
+        Py_ssize_t bucket = keys[i] & t->mask;
+        PREFETCH(&t->sequence[bucket]);
+        PREFETCH(&t->keys[bucket * WAYS]);
+    }
+    for (Py_ssize_t stop = count; stop > 0; stop -= ROUND) {
+        Py_ssize_t start = stop > ROUND ? stop - ROUND : 0;
+        for (Py_ssize_t i = stop - 1; i >= start; i--) {
+            Py_ssize_t bucket = keys[i] & t->mask, next = i - ROUND;
+            if (next >= 0) {
+                Py_ssize_t then = keys[next] & t->mask;
+                PREFETCH(&t->sequence[then]);
+                PREFETCH(&t->keys[then * WAYS]);
+            }
+            LOAD(before[i - start], t->sequence[bucket]);
+            FENCE();
+            place[i - start] = -1;
+            if (before[i - start] & 1) continue;
+            for (Py_ssize_t way = 0; way < WAYS; way++) {
+                int64_t key;
+                LOAD(key, t->keys[bucket * WAYS + way]);
+                if (key == keys[i]) {
+                    place[i - start] = bucket * WAYS + way;
+                    PREFETCH(&t->members[bucket * WAYS + way]);
+                    PREFETCH(&t->uses[bucket * WAYS + way]);
+                    break;
+                }
+            }
+        }
+        FENCE();
+        for (Py_ssize_t i = stop - 1; i >= start; i--) {
+            int64_t where = place[i - start], word, use, again;
+            uint64_t bits[MOST_WORDS];
+            if (where < 0) continue;
+            LOAD(word, t->members[where]);
+            LOAD(use, t->uses[where]);
+            if (word < 0 && word != entered) {
+                Py_ssize_t set = ~word & ((1 << PLACE_BITS) - 1);
+                if (set >= t->sets) continue;
+                FENCE();
+                for (Py_ssize_t w = 0; w < t->words; w++) LOAD(bits[w], t->pool[set * t->words + w]);
+                FENCE();
+                LOAD(again, t->members[where]);
+                if (again != word) continue; /* the bitmap may have been another set's */
+            }
+            FENCE();
+            LOAD(again, t->sequence[where >> WAY_BITS]);
+            if (again != before[i - start]) continue; /* the place may have been another key's */
+            found++;
+            at[count - found] = i;
+            uses[count - found] = use;
+            if (word == entered) continue;
+            entered = word;
+            if (word < 0) {
+                for (Py_ssize_t w = 0; w < t->words; w++) enter(r, w, bits[w], i + 1);
+                continue;
+            }
+            for (int field = 0; field < FIELDS; field++) {
+                int64_t member = (word >> field * FIELD_BITS & ((1 << FIELD_BITS) - 1)) - 1;
+                if (member >= 0 && member < t->words * 64)
+                    enter(r, member >> 6, (uint64_t)1 << (member & 63), i + 1);
+            }
+        }
+    }
+    return found;
+}
+
+static int cells(PyObject *from, Py_buffer *into, int flags) {
+    if (PyObject_GetBuffer(from, into, PyBUF_C_CONTIGUOUS | flags) < 0) return -1;
+    if (into->len % 8 == 0 && (uintptr_t)into->buf % 8 == 0) return 0;
+    PyBuffer_Release(into);
+    PyErr_SetString(PyExc_ValueError, "not a buffer of aligned int64 cells");
+    return -1;
+}
+
+static PyObject *find(Table *t, PyObject *const *arguments, Py_ssize_t given) {
+    Py_buffer keys, out, reach;
+    Py_ssize_t found = -1;
+    if (given != 3) return PyErr_Format(PyExc_TypeError, "find(keys, out, reach)");
+    if (cells(arguments[0], &keys, 0) < 0) return NULL;
+    if (cells(arguments[1], &out, PyBUF_WRITABLE) < 0) goto release_keys;
+    if (cells(arguments[2], &reach, PyBUF_WRITABLE) < 0) goto release_out;
+    Py_ssize_t count = keys.len / 8;
+    if (out.len < 2 * keys.len) {
+        PyErr_SetString(PyExc_ValueError, "no room for what is found");
+    } else {
+        Reach r = {reach.buf, reach.len / 8, {0}};
+        found = look_up(t, keys.buf, count, out.buf, (int64_t *)out.buf + count, &r);
+    }
+    PyBuffer_Release(&reach);
+release_out:
+    PyBuffer_Release(&out);
+release_keys:
+    PyBuffer_Release(&keys);
+    return found < 0 ? NULL : PyLong_FromSsize_t(found);
+}
+
+static PyObject *make(PyTypeObject *type, PyObject *arguments, PyObject *Py_UNUSED(named)) {
+    PyObject *from[5];
+    if (!PyArg_ParseTuple(arguments, "OOOOO:Table", &from[0], &from[1], &from[2], &from[3], &from[4])) return NULL;
+    Table *t = (Table *)type->tp_alloc(type, 0);
+    if (t == NULL) return NULL;
+    for (int i = 0; i < 5; i++) {
+        if (PyObject_GetBuffer(from[i], &t->held[i], PyBUF_C_CONTIGUOUS | PyBUF_ND) < 0) goto refuse;
+        if (t->held[i].len % 8 || (uintptr_t)t->held[i].buf % 8) goto unfit;
+    }
+    t->sequence = t->held[0].buf;
+    t->keys = t->held[1].buf;
+    t->members = t->held[2].buf;
+    t->uses = t->held[3].buf;
+    t->pool = t->held[4].buf;
+    Py_ssize_t buckets = t->held[0].len / 8;
+    t->mask = buckets - 1;
+    if (buckets < 1 || buckets & t->mask || t->held[4].ndim != 2) goto unfit;
+    for (int i = 1; i < 4; i++) {
+        if (t->held[i].len / 8 != buckets * WAYS) goto unfit;
+    }
+    t->sets = t->held[4].shape[0];
+    t->words = t->held[4].shape[1];
+    if (t->words < 1 || t->words > MOST_WORDS || t->held[4].len / 8 != t->sets * t->words) goto unfit;
+    return (PyObject *)t;
+unfit:
+    PyErr_SetString(PyExc_ValueError, "these arrays are not those of one table");
+refuse:
+    Py_DECREF(t);
+    return NULL;
+}
+
+static void let_go(Table *t) {
+    PyTypeObject *type = Py_TYPE(t);
+    for (int i = 0; i < 5; i++) PyBuffer_Release(&t->held[i]);
+    Py_XDECREF(t->before_load);
+    type->tp_free(t);
+    Py_DECREF(type);
+}
+
+static PyObject *set_before_load(Table *t, PyObject *call) {
+    Py_XSETREF(t->before_load, Py_IsNone(call) ? NULL : Py_NewRef(call));
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"find", (PyCFunction)(void (*)(void))find, METH_FASTCALL, "See _table.pyi."},
+    {"before_load", (PyCFunction)set_before_load, METH_O, "See _table.pyi."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_new, make},
+    {Py_tp_dealloc, let_go},
+    {Py_tp_methods, methods},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {"shm.hashtable._table.Table", sizeof(Table), 0, Py_TPFLAGS_DEFAULT, slots};
+
+static int fill(PyObject *module) {
+    PyObject *type = PyType_FromSpec(&spec);
+    if (type == NULL) return -1;
+    int done = PyModule_AddObjectRef(module, "Table", type);
+    Py_DECREF(type);
+    return done;
+}
+
+static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, fill}, {0, NULL}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "shm.hashtable._table", NULL, 0, NULL, module_slots, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__table(void) {
+    return PyModuleDef_Init(&module);
+}
