@@ -19,8 +19,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-import msgspec
-
 from broker.counters import CounterColumn
 from shm import fence
 from shm.cells import CounterRow
@@ -43,19 +41,20 @@ class Slots(Protocol):
         """Leave the slot out of further views until the table has changed."""
 
 
-class Lease(msgspec.Struct, eq=False):
+class Lease:
     """Held by whoever streams the answer. Belongs to one thread, like the counters it moves."""
 
-    _row: CounterRow
-    slot: int
-    generation: int
-    tokens: int
-    """Prompt tokens not released yet."""
-    closed: bool = False
-    counts_prompt: bool = False
-    """The tokens are released when the answer begins, else with the lease."""
-    on_close: Callable[[int], None] | None = None
-    """Hears of the slot as soon as the lease no longer counts there."""
+    def __init__(self, row: CounterRow, slot: int, generation: int, tokens: int) -> None:
+        self._row = row
+        self.slot = slot
+        self.generation = generation
+        self.tokens = tokens
+        """Prompt tokens not released yet."""
+        self.closed = False
+        self.counts_prompt = False
+        """The tokens are released when the answer begins, else with the lease."""
+        self.on_close: Callable[[int], None] | None = None
+        """Hears of the slot as soon as the lease no longer counts there."""
 
     def count(self, column: CounterColumn) -> None:
         """Count an outcome at this instance, while the lease is held: later the slot may be another's."""

@@ -30,8 +30,8 @@ from broker.errors import PenstockError, QueueFull, QueueTimeout
 from broker.saturation import Saturation
 from broker.types import Instance, RouteRequest
 from broker.view import TableReader
-from frontend.dispatch import Choice, Chosen, Dispatcher
-from frontend.remote import Guests, RemoteChoice
+from frontend.dispatch import Choice, Chosen, Dispatcher, RemoteChoice
+from frontend.remote import Guests
 from frontend.standing import Waiting, standing
 from frontend.upstream.base import Headers
 from frontend.waiting import Saturated, Waiter

@@ -85,13 +85,14 @@ class Considered(msgspec.Struct, frozen=True):
     role: Role
 
 
-class Choice(msgspec.Struct, frozen=True):
+class Choice:
     """An instance, and the lease that counts the request there."""
 
-    instance: Instance
-    lease: Lease
-    considered: Considered | None = None
-    """None: nobody chose, it was granted."""
+    def __init__(self, instance: Instance, lease: Lease, considered: Considered | None = None) -> None:
+        """`considered`: None = nobody chose, it was granted."""
+        self.instance = instance
+        self.lease = lease
+        self.considered = considered
 
     @property
     def suspects(self) -> tuple[Lease]:
@@ -111,6 +112,19 @@ class Choice(msgspec.Struct, frozen=True):
 
     def open(self, upstream: Callable[[Instance], Upstream], request: UpstreamRequest, sink: Sink) -> Call:
         return upstream(self.instance).open(self.instance, request, sink)
+
+
+class RemoteChoice(Choice):
+    """An instance of another host, and the lease of the place there."""
+
+    def __init__(self, instance: Instance, lease: Lease, host: str) -> None:
+        """`host`: for people."""
+        super().__init__(instance, lease)
+        self.host = host
+
+    @property
+    def where(self) -> str:
+        return f"{self.instance.url}@{self.host}"
 
 
 class Dispatcher:

@@ -80,47 +80,57 @@ _TRYING, _FLOWING, _ENDED, _DONE = State.TRYING, State.FLOWING, State.ENDED, Out
 _FIRST_TOKEN, _DURATION = Histogram.FIRST_TOKEN, Histogram.DURATION
 
 
-class Forward(msgspec.Struct, eq=False):
+class Forward:
     """One request. Its owner is whoever talks to the client: it calls `begin` once and, whatever happens, `cancel`
     at the end. It is itself the sink of each attempt; the client's sink hears of one answer.
-
-    A Struct, because there is one for each request: its many fields are set in C.
     """
 
-    _shared: Forwarder
-    _ident: bytes
-    _name: str  # what else it is called, with pairs
-    _path: str
-    _model: str | None
-    _sink: WholeSink
-    _asked: tuple[RouteRequest, UpstreamRequest] | None
-    """Until the first byte, for the next attempt; then let go: a stream's prompt is not kept for its length."""
-    _story: Story | None
-    _explains: bool
-    """The answer says in a header why its instance was chosen."""
-    _steps: list[Step] | None
-    """What happened to it, once that is more than being sent somewhere, or if its client asks why."""
-
-    _state: State = State.NEW
-    _choice: Chosen | None = None  # of the attempt under way, or the last one
-    _call: Call | None = None  # None once the transport has ended it
-    _head: tuple[int, Headers] | None = None  # held back
-    _timer: asyncio.TimerHandle | None = None
-    _tried: tuple[int, ...] = ()
-    _attempts: int = 0
-    _paused: bool = False
-    _place: Place | None = None  # while TOKENIZING or QUEUED: what is given up when the request ends
-    _waited: float | None = None  # how long it stood there
-    _stolen_from: str = "-"
-    _rescued_from: str = "-"
-    _began: float = 0.0
-    _touched: float = 0.0
-    _first_byte: float | None = None
-    _status: int = 0  # what the client was told, or would have been
-    _bytes: int = 0
-    _events: int = 0
-    _last: bytes = b""  # the last chunk
-    _tail: bytes = b""  # and the one before it
+    def __init__(
+        self,
+        shared: Forwarder,
+        ident: bytes,
+        name: str,
+        path: str,
+        model: str | None,
+        sink: WholeSink,
+        asked: tuple[RouteRequest, UpstreamRequest] | None,
+        story: Story | None,
+        explains: bool,
+        steps: list[Step] | None,
+    ) -> None:
+        """`explains`: the answer says in a header why its instance was chosen."""
+        self._shared = shared
+        self._ident = ident
+        self._name = name  # what else it is called, with pairs
+        self._path = path
+        self._model = model
+        self._sink = sink
+        self._asked = asked
+        """Until the first byte, for the next attempt; then let go: a stream's prompt is not kept for its length."""
+        self._story = story
+        self._explains = explains
+        self._steps = steps
+        """What happened to it, once that is more than being sent somewhere, or if its client asks why."""
+        self._state = State.NEW
+        self._choice: Chosen | None = None  # of the attempt under way, or the last one
+        self._call: Call | None = None  # None once the transport has ended it
+        self._head: tuple[int, Headers] | None = None  # held back
+        self._timer: asyncio.TimerHandle | None = None
+        self._tried: tuple[int, ...] = ()
+        self._attempts = 0
+        self._paused = False
+        self._place: Place | None = None  # while TOKENIZING or QUEUED: what is given up when the request ends
+        self._waited: float | None = None  # how long it stood there
+        self._stolen_from = "-"
+        self._rescued_from = "-"
+        self._began = 0.0
+        self._touched = 0.0
+        self._first_byte: float | None = None
+        self._status = 0  # what the client was told, or would have been
+        self._bytes = 0
+        self._events = 0
+        self._last = b""  # the last chunk
+        self._tail = b""  # and the one before it
 
     def __repr__(self) -> str:
         where = self._choice.where if self._choice else None

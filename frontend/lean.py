@@ -19,7 +19,6 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
@@ -107,28 +106,37 @@ class Client(Protocol):
     def on_response_complete(self) -> None: ...
 
 
-class LeanCycle(msgspec.Struct, eq=False):
+class LeanCycle:
     """One request and its answer: the client's sink. Owned by its connection; owns its `Forward`."""
 
-    _client: Client
-    _lean: Lean
-    _request: RequestHead
-    _ident: bytes
-    _write: Callable[[bytes], None]
-    keep_alive: bool
-    more_body: bool = True
-    response_complete: bool = False
-    _parts: list[bytes] = []
-    _size: int = 0
-    _counted: int = 0  # bytes among them that count as being received
-    _error: BadRequest | None = None  # why the body is not read on
-    _forward: Forward | None = None
-    _started: bool = False
-    _head: bytes = b""  # held until the first bytes of the body, so that both go out in one write
-    _chunked: bool = False
-    _events: bool = False
-    _left: int = 0  # bytes of the body that the answer's length announces
-    _last: bytes = b""
+    def __init__(
+        self,
+        client: Client,
+        lean: Lean,
+        request: RequestHead,
+        ident: bytes,
+        write: Callable[[bytes], None],
+        keep_alive: bool,
+    ) -> None:
+        self._client = client
+        self._lean = lean
+        self._request = request
+        self._ident = ident
+        self._write = write
+        self.keep_alive = keep_alive
+        self.more_body = True
+        self.response_complete = False
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._counted = 0  # bytes among them that count as being received
+        self._error: BadRequest | None = None  # why the body is not read on
+        self._forward: Forward | None = None
+        self._started = False
+        self._head = b""  # held until the first bytes of the body, so that both go out in one write
+        self._chunked = False
+        self._events = False
+        self._left = 0  # bytes of the body that the answer's length announces
+        self._last = b""
 
     def __repr__(self) -> str:
         state = "complete" if self.response_complete else "reading" if self.more_body else "open"

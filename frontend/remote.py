@@ -23,24 +23,13 @@ from broker.lease import Lease
 from broker.table import decode
 from broker.types import Instance
 from frontend.breaker import Breaker
-from frontend.dispatch import Choice
+from frontend.dispatch import RemoteChoice
 from shm.cells import CounterRow
 
 GUESTS = 256
 """Instances of other hosts that a frontend knows at once."""
 IDLE_S = 60.0
 """One that has not been used for this long is forgotten, its connections with it."""
-
-
-class RemoteChoice(Choice, frozen=True, kw_only=True):
-    """An instance of another host, and the lease of the place there."""
-
-    host: str
-    """For people."""
-
-    @property
-    def where(self) -> str:
-        return f"{self.instance.url}@{self.host}"
 
 
 @dataclass(slots=True)
@@ -119,7 +108,7 @@ class Guests:
             self._on_end(msgspec.structs.replace(given, failed=failed))
 
         lease.on_close = ended
-        return RemoteChoice(instance, lease, host=grant.name)
+        return RemoteChoice(instance, lease, grant.name)
 
     def _guest(self, instance: Instance) -> _Guest | None:
         key = instance.url, instance.incarnation

@@ -15,8 +15,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import msgspec
-
 from broker.config import Config
 from broker.errors import BadRequest, ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
 from broker.faces import face_of
@@ -82,25 +80,28 @@ class HttpUpstream:
             pool.close(UpstreamBroken("the frontend is closing"))
 
 
-class HttpCall(msgspec.Struct, eq=False):
+class HttpCall:
     """One request at one engine: `Call` for whoever forwards, `Exchange` and `Waiter` for the connection.
 
-    `sink` is None once the call has ended, in whichever way: that is what makes every end the only one.
+    `_sink` is None once the call has ended, in whichever way: that is what makes every end the only one.
     """
 
-    _loop: asyncio.AbstractEventLoop
-    _connect_s: float
-    _sink: WholeSink | None
-    """At least a `Sink`; the whole of it if it `takes_whole`."""
-    takes_whole: bool
-    head: bytes = b""
-    body: bytes = b""
-    head_only: bool = False
-    paused: bool = False
-    _pool: Pool | None = None
-    _connection: Connection | None = None
-    _deadline: asyncio.TimerHandle | None = None
-    _retried: bool = False
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, connect_s: float, sink: WholeSink | None, takes_whole: bool
+    ) -> None:
+        """`sink`: at least a `Sink`; the whole of it if it `takes_whole`."""
+        self._loop = loop
+        self._connect_s = connect_s
+        self._sink = sink
+        self.takes_whole = takes_whole
+        self.head = b""
+        self.body = b""
+        self.head_only = False
+        self.paused = False
+        self._pool: Pool | None = None
+        self._connection: Connection | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._retried = False
 
     def __repr__(self) -> str:
         state = "ended" if self._sink is None else "open" if self._connection else "waiting"

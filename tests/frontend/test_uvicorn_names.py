@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from frontend.connection import Connection
-from frontend.lean import LeanCycle
+from tests.support.processes import ROOT
 
 OVERRIDDEN = {
     "connection_made": ["transport"],
@@ -68,8 +68,9 @@ def test_what_a_connection_holds_is_still_called_so() -> None:
 def test_what_a_cycle_holds_is_still_called_so() -> None:
     held = assigned(RequestResponseCycle)
     assert held >= CYCLE, CYCLE - held
+    ours = (ROOT / "frontend" / "lean.py").read_text()  # compiled, it has no source to inspect
     for name in ("response_complete", "keep_alive", "more_body"):  # what uvicorn looks at in ours
-        assert hasattr(LeanCycle, name)
+        assert f"self.{name} = " in ours
 
 
 def test_the_rest_is_still_called_so() -> None:
