@@ -28,6 +28,8 @@ class CacheAware:
 
     def __init__(self, options: Options, rng: Random, index: PrefixIndex) -> None:
         self._options = options
+        self._missed = (100 - np.arange(101)) / 100 * options.hit_ratio_weight
+        """The sum's first part, by percentage of hits."""
         self._rng = rng
         self._index = index
         self._by_load: RouteRequest | None = None
@@ -40,8 +42,8 @@ class CacheAware:
     def decide(self, request: RouteRequest, view: Loads, loads: Vector) -> int:
         """The sums over `loads`, which differ between this policy and its remote variant."""
         options = self._options
-        most = int(loads.max())
-        apart = most - int(loads.min())
+        most: int = loads.item(loads.argmax())
+        apart: int = most - loads.item(loads.argmin())
         uneven = apart > options.balance_abs_threshold and apart > options.balance_rel_threshold * most
         if uneven or not (request.prompt or request.prompt_ids):
             self._by_load = request
@@ -50,21 +52,25 @@ class CacheAware:
             return int(view.slots[least(view.tokens, self._rng)])
         self._by_load = None
         match = self._index.match(request)
-        depths = match.depths[view.slots]
-        hits = depths * 100 // max(len(match.keys), 1)
-        scores = (100 - hits) / 100 * options.hit_ratio_weight
+        depths = match.depths.take(view.slots)
+        hits = depths * 100
+        hits //= max(len(match.keys), 1)
+        scores = self._missed.take(hits)
         if most:
             scores += loads / most * options.load_balance_weight
         self.why = Why(scores, depths, match.blocks, loads, hits)
-        best = np.flatnonzero(scores == scores.min())
-        return int(view.slots[best[least(view.tokens[best], self._rng)]])
+        first = scores.argmin()
+        best = (scores == scores[first]).nonzero()[0]
+        if len(best) > 1:  # only then their tokens are added up
+            first = best[least(view.tokens.take(best), self._rng)]
+        return view.slots.item(first)
 
     def tokens(self, request: RouteRequest, slot: int) -> int:
         return request.prompt_tokens
 
     def placed(self, request: RouteRequest, slot: int) -> None:
         if request is not self._by_load:
-            self._index.note(self._index.matched(request), slot)
+            self._index.note(self._index.matched(request), slot, counted=False)
 
     def cached(self, request: RouteRequest) -> Mapping[int, int]:
         return self._index.matched(request).cached(request.prompt_tokens)

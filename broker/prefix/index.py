@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,15 @@ OUTBOX_BYTES = 1024 * 1024
 """Keys that may wait to be sent; beyond, the oldest notices are lost."""
 PENDING = 128
 """Own notices that the overlay keeps while they are not applied."""
+TOLD_EVERY = 16
+"""Blocks from one that is remembered as told to the next."""
+TOLD = 1 << 16
+"""Such blocks remembered, some 8 MiB."""
+REPEAT_S = 60.0
+"""What an instance has been sent is told again after this time at the latest: the table forgets what is old."""
+REPEAT_PART = 8
+"""And after notices that may have taken the place of this part of the table, or when this part of the time is over
+after which the table forgets: what is in use must not look old."""
 
 
 class Match(msgspec.Struct, frozen=True, gc=False):
@@ -85,12 +95,23 @@ class _Notice(NamedTuple):
     keys: Vector
     slot: int
     generation: int
+    told: int
+    """So many of the first keys need not be said."""
 
 
 class PrefixIndex:
     """A frontend's half: looks up prompts, and notes where they were sent. Reads shared memory, never writes it."""
 
-    def __init__(self, segment: Segment, frontend: int, *, block: int = 64, limit: int = BLOCKS) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        frontend: int,
+        *,
+        block: int = 64,
+        limit: int = BLOCKS,
+        repeat_s: float = REPEAT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._table = TableReader(segment)
         self._generations = segment.cells("generations")
         self._applied = segment.cells("applied")
@@ -104,6 +125,7 @@ class PrefixIndex:
         self._pending: deque[_Notice] = deque(maxlen=PENDING)
         self._outbox: deque[_Notice] = deque()
         self._outbox_keys = 0
+        self._told = _Told(repeat_s, self._table.capacity // (REPEAT_PART * limit), clock)
         self._last: tuple[RouteRequest | None, Vector, float] = (None, np.empty(0, dtype=np.int64), 0.0)
         self._matched: Match | None = None
         """Of the last request."""
@@ -114,16 +136,30 @@ class PrefixIndex:
 
     @classmethod
     def attach(
-        cls, run_dir: Path, layout: Layout, frontend: int, *, block: int = 64, limit: int = BLOCKS
+        cls,
+        run_dir: Path,
+        layout: Layout,
+        frontend: int,
+        *,
+        block: int = 64,
+        limit: int = BLOCKS,
+        repeat_s: float = REPEAT_S,
     ) -> PrefixIndex:
         """Map the run's index, read-only. Raises SegmentError."""
-        return cls(Segment.attach(run_dir / PREFIX, layout), frontend, block=block, limit=limit)
+        return cls(Segment.attach(run_dir / PREFIX, layout), frontend, block=block, limit=limit, repeat_s=repeat_s)
 
     @classmethod
     def of_run(cls, run_dir: Path, config: Config, frontend: int) -> PrefixIndex:
         """As these settings ask for. Raises SegmentError."""
-        block, limit = config.scheduler.cache_block_size, config.scheduler.prefix_blocks_per_prompt
-        return cls.attach(run_dir, run_layout(config), frontend, block=block, limit=limit)
+        scheduler = config.scheduler
+        return cls.attach(
+            run_dir,
+            run_layout(config),
+            frontend,
+            block=scheduler.cache_block_size,
+            limit=scheduler.prefix_blocks_per_prompt,
+            repeat_s=min(REPEAT_S, scheduler.eviction_duration_mins * 60 / REPEAT_PART),
+        )
 
     def match(self, request: RouteRequest) -> Match:
         """What is known of the request's prompt. The keys of the last request are kept: it may be picked for again."""
@@ -179,17 +215,26 @@ class PrefixIndex:
                 depths[notice.slot] = depth
         return alike
 
-    def note(self, match: Match, slot: int) -> None:
-        """The prompt goes to `slot`: seen by this frontend at once, by the others when a batch has been applied."""
+    def note(self, match: Match, slot: int, *, counted: bool = True) -> None:
+        """The prompt goes to `slot`: seen by this frontend at once, by the others when a batch has been applied.
+
+        `counted`: it is one more use of every block, for those who ask how often they are used (`Match.uses`).
+        Otherwise what matters is that the instance has it, and what was told of late is not said again: of a prompt
+        that goes on where another one ended, only the rest.
+        """
         if not len(match.keys):
             return
+        told = 0 if counted else self._told.tell(match, slot)
+        if told == len(match.keys):
+            return
         self._number += 1
-        notice = _Notice(self._number, match.keys.item(0), match.keys, slot, self._generations[slot])
+        notice = _Notice(self._number, match.keys.item(0), match.keys, slot, self._generations[slot], told)
         self._pending.append(notice)
         self._outbox.append(notice)
-        self._outbox_keys += len(notice.keys)
+        self._outbox_keys += len(notice.keys) - told
         while self._outbox_keys * 8 > OUTBOX_BYTES:
-            self._outbox_keys -= len(self._outbox.popleft().keys)
+            lost = self._outbox.popleft()
+            self._outbox_keys -= len(lost.keys) - lost.told
             self.lost += 1
         self.on_note()
 
@@ -199,21 +244,62 @@ class PrefixIndex:
         Called every few milliseconds while there is something, and sent without waiting; it need not arrive.
         """
         batch: list[_Notice] = []
+        parts: list[Vector] = []
         size = 0
-        while (
-            self._outbox
-            and len(batch) < BATCH_NOTICES
-            and (size := size + 8 * len(self._outbox[0].keys)) <= BATCH_BYTES
-        ):
+        while self._outbox and len(batch) < BATCH_NOTICES:
+            notice = self._outbox[0]
+            keys = notice.keys[notice.told :]
+            if (size := size + keys.nbytes) > BATCH_BYTES:
+                break
             batch.append(self._outbox.popleft())
+            parts.append(keys)
+            self._outbox_keys -= len(keys)
         if not batch:
             return None
-        self._outbox_keys -= sum(len(notice.keys) for notice in batch)
         return RoutingNotices(
             self._frontend,
             batch[-1].number,
             [notice.slot for notice in batch],
             [notice.generation for notice in batch],
-            [len(notice.keys) for notice in batch],
-            np.concatenate([notice.keys for notice in batch]).tobytes(),
+            [len(keys) for keys in parts],
+            np.concatenate(parts).tobytes(),
         )
+
+
+class _Told:
+    """What of prompts has been told of which instance, of late: every so many blocks, and the last one, by key.
+
+    Telling all of it again would only say that it is in use still, at the price of hashing and looking it up twice
+    over. It need not be right: what the table does not have is told, whatever stands here.
+    """
+
+    def __init__(self, repeat_s: float, notices: int, clock: Callable[[], float]) -> None:
+        """`notices`: of anybody, after which everything is told again."""
+        self._repeat_s = repeat_s
+        self._notices = notices
+        self._clock = clock
+        self._keys: defaultdict[int, set[int]] = defaultdict(set)
+        self._room = TOLD
+        self._until_s = 0.0
+        self._until_tick = 0
+
+    def tell(self, match: Match, slot: int) -> int:
+        """How many leading blocks of the prompt need not be told of the instance; the rest counts as told now."""
+        now = self._clock()
+        if self._room < 0 or now >= self._until_s or match.found.tick >= self._until_tick:
+            self._keys.clear()
+            self._room = TOLD
+            self._until_s = now + self._repeat_s
+            self._until_tick = match.found.tick + self._notices
+        keys, known = match.keys, self._keys[slot]
+        had: int = match.depths.item(slot)
+        if had == len(keys) and keys.item(-1) in known:
+            return had
+        marks: list[int] = keys[TOLD_EVERY - 1 :: TOLD_EVERY].tolist()
+        told = had // TOLD_EVERY
+        while told and marks[told - 1] not in known:
+            told -= 1
+        known.update(marks[told:])
+        known.add(keys.item(-1))
+        self._room -= len(marks) - told + 1
+        return told * TOLD_EVERY

@@ -19,6 +19,7 @@ from broker.prefix.index import BATCH_BYTES, OUTBOX_BYTES, PENDING
 from broker.prefix.keys import BLOCKS, compiled, namespace, text_keys, token_keys
 from broker.types import RouteRequest
 from broker.wire import RoutingNotices
+from shm.segment import Segment
 from tests.support.loads import FakeLoads
 from tests.support.twins import twin
 
@@ -237,6 +238,79 @@ def test_token_prompts_text_prompts_and_models_do_not_meet(shared: Shared) -> No
         index.note(index.match(request), slot)
     for slot, request in enumerate(requests):
         assert np.flatnonzero(index.match(request).depths).tolist() == [slot]
+
+
+LONG = "".join(f"{i:064d}" for i in range(40))
+"""Of 40 blocks."""
+
+
+class Teller:
+    """A frontend whose uses are not counted, and what it says to the scheduler."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.now = 0.0
+        self.shared = shared
+        segment = Segment.attach(shared.path / PREFIX, shared.layout)
+        self.index = PrefixIndex(segment, 0, limit=64, repeat_s=60.0, clock=lambda: self.now)
+
+    def send(self, text: str, slot: int, *, lost: bool = False) -> int:
+        """Returns how many blocks were told."""
+        self.index.note(self.index.match(RouteRequest(prompt=text)), slot, counted=False)
+        notices = self.index.batch()
+        if notices is None:
+            return 0
+        if not lost:
+            self.shared.writer.apply(notices)
+        return len(notices.keys) // 8
+
+
+def test_what_was_told_of_late_is_not_told_again(shared: Shared) -> None:
+    teller = Teller(shared)
+    assert teller.send(LONG, 3) == 40
+    assert teller.send(LONG, 3) == 0
+    assert teller.send(LONG, 4) == 40
+    assert shared.depths(LONG, frontend=1) == {3: 40, 4: 40}
+
+
+def test_of_a_prompt_that_goes_on_only_the_rest_is_told(shared: Shared) -> None:
+    teller = Teller(shared)
+    teller.send(LONG, 3)
+    assert teller.send(LONG + "x" * 640, 3) == 50 - 32
+    assert teller.send(LONG[:1600] + "y" * 640, 3) == 35 - 16
+    assert shared.depths(LONG + "x" * 640, frontend=1) == {3: 50}
+    assert shared.depths(LONG[:1600] + "y" * 640, frontend=1) == {3: 35}
+
+
+def test_what_was_told_and_got_lost_is_told_again(shared: Shared) -> None:
+    teller = Teller(shared)
+    assert teller.send(LONG, 3, lost=True) == 40
+    teller.send("z" * 640, 4)  # from here on it is not expected to arrive
+    assert teller.send(LONG, 3) == 40
+    teller.shared.writer.forget([3])
+    teller.shared.writer.admit(3, 1)
+    assert teller.send(LONG, 3) == 40
+
+
+def test_what_is_in_use_is_told_again_before_it_looks_old(shared: Shared) -> None:
+    teller = Teller(shared)
+    teller.send(LONG, 3)
+    teller.now = 59.0
+    assert teller.send(LONG, 3) == 0
+    teller.now = 60.0
+    assert teller.send(LONG, 3) == 40
+    for number in range(4096 // 8 // 64 - 1):  # with its own, an eighth of the table may be others' by now
+        assert teller.send(LONG, 3) == 0
+        shared.send(f"{number:064d}" * 64, 5)
+        shared.deliver()
+    assert teller.send(LONG, 3) == 40
+
+
+def test_what_is_remembered_as_told_is_bounded(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.prefix.index.TOLD", 100)
+    teller = Teller(shared)
+    for number in range(300):
+        teller.index.note(teller.index.match(RouteRequest(prompt=f"{number:064d}" * 40)), number % 4, counted=False)
+        assert sum(len(keys) for keys in teller.index._told._keys.values()) <= 103
 
 
 def test_a_prompt_shorter_than_a_block_is_known_to_nobody_and_noted_nowhere(shared: Shared) -> None:
