@@ -101,10 +101,17 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pair: PairFields | None = None
     name: str = ""
     """What people call it; native engines say it in their hello."""
+    left_open: tuple[str, ...] = ()
+    """What its registration did not say, so that probing had the word: of `engine`, `models`, `load_endpoint`."""
 
     @property
     def is_native(self) -> bool:
         return self.engine is EngineKind.NATIVE
+
+    @property
+    def asks_models(self) -> bool:
+        """Its models were found by asking it, so they are asked for again from time to time."""
+        return "models" in self.left_open
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):

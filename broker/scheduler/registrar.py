@@ -76,21 +76,21 @@ class Registrar:
         """Every frontend sees the instance when this returns. `quiet`: that it does not answer is known.
 
         A healthy member that registers again, as engines do every few seconds, is not asked for more than its health,
-        and only if the face wants that. Two registrations of one URL take turns, so that the later one stands.
+        and only if the face wants that; unless it leaves open what it said before. Two registrations of one URL take
+        turns, so that the later one stands.
         Raises Unhealthy, TableFull, MetadataTooLarge, Busy.
         """
         registration = registration.taken_as(self._face.kind_unasked)
         url = registration.instance.url
         async with self._turn(url):
             member = self._registry.get(url)
-            if member is not None and member.healthy:
-                instance = registration.rejoined(member.instance)
-                if self._face.probes_members and not await self._collector.stays_healthy(instance):
-                    raise Unhealthy(f"{url} is not healthy", url=url)
-            else:
+            known = member.instance if member is not None and member.healthy else None
+            instance = registration.rejoined(known) if known is not None else None
+            if instance is None:
                 instance = await self._collector.join(registration, quiet=quiet)
-            asks_models = not registration.names_models and not instance.is_native
-            joined = self._registry.register(instance, time.monotonic_ns(), asks_models=asks_models)
+            elif self._face.probes_members and not await self._collector.stays_healthy(instance):
+                raise Unhealthy(f"{url} is not healthy", url=url)
+            joined = self._registry.register(instance, time.monotonic_ns())
         if joined is not member:
             self._narrator.tell(
                 Event.REGISTERED,

@@ -44,6 +44,16 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
         """The server is not asked for its models: it lists them, or they do not matter."""
         return self.serves_any_model or bool(self.instance.models)
 
+    @property
+    def left_open(self) -> tuple[str, ...]:
+        """What probing has to find."""
+        said = {
+            "engine": self.engine is not None,
+            "models": self.names_models,
+            "load_endpoint": bool(self.instance.load_endpoint),
+        }
+        return tuple(field for field, is_said in said.items() if not is_said)
+
     def taken_as(self, kind: EngineKind | None) -> Registration:
         """With a kind for an engine that does not say its own, which is asked nothing more then."""
         if kind is None or self.engine is not None:
@@ -76,15 +86,19 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
             load_endpoint=load_endpoint,
             metrics_url=ours.metrics_url if polled else "",
             pair=pair,
+            left_open=self.left_open,
         )
 
-    def rejoined(self, known: Instance) -> Instance:
+    def rejoined(self, known: Instance) -> Instance | None:
         """The instance when one that is known and well registers again: what probing found then still holds.
 
-        A native engine's own hello has precedence over what others say of it.
+        The last registration stands as a whole: what only an earlier one said does not hold any more, and None is
+        returned, because it must be probed. A native engine's own hello has precedence over what others say of it.
         """
         if known.is_native:
             return known
+        if not set(self.left_open) <= set(known.left_open):
+            return None
         engine_ids = known.pair.engine_ids if known.pair else ()
         return self.joined(self.engine or known.engine, known.models, known.load_endpoint, engine_ids)
 

@@ -80,8 +80,6 @@ class Member:
     """Health checks so far; the watch counts them."""
     poll_ns: int = 0
     """When `/metrics` is due."""
-    asks_models: bool = False
-    """Its models were found by asking it, so they are asked for again from time to time."""
 
     @property
     def is_paused(self) -> bool:
@@ -146,7 +144,7 @@ class Registry:
 
     # -- coming and going --------------------------------------------------------------------------------------
 
-    def register(self, instance: Instance, now_ns: int, *, asks_models: bool = False) -> Member:
+    def register(self, instance: Instance, now_ns: int) -> Member:
         """A probed instance joins, or joins again; every frontend sees it when this returns.
 
         Nothing is written when nothing changed: engines repeat their registration for ever.
@@ -162,7 +160,6 @@ class Registry:
             self._table.describe(member.slot, instance)
             member.instance = instance
             self.changes += 1
-        member.asks_models = asks_models
         member.alive_ns = now_ns
         member.quiet_until_ns = now_ns + self._covered_ns
         self._set_healthy(member, member.ready)

@@ -82,7 +82,7 @@ class Watch:
             renewed = with_engine_ids(member.instance, await self._collector.engine_ids(member.instance))
             if renewed is not member.instance:
                 self._renew(member, renewed)
-        if healthy and member.asks_models and (changed or member.checks % MODELS_EVERY == 0):
+        if healthy and member.instance.asks_models and (changed or member.checks % MODELS_EVERY == 0):
             models = await self._collector.models(instance)
             if models and models != member.instance.models:
                 self._renew(member, msgspec.structs.replace(member.instance, models=models))
@@ -106,7 +106,7 @@ class Watch:
     def _renew(self, member: Member, instance: Instance) -> None:
         if self._is_member(member):
             try:
-                self._registry.register(instance, time.monotonic_ns(), asks_models=member.asks_models)
+                self._registry.register(instance, time.monotonic_ns())
             except PenstockError as e:
                 logger.error("%s: %s", member.instance.url, e.message)
 

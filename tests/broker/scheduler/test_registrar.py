@@ -68,6 +68,22 @@ def test_two_registrations_of_one_url_take_turns_and_the_later_one_stands() -> N
     asyncio.run(run())
 
 
+def test_the_last_registration_stands_as_a_whole_and_the_same_again_asks_nothing() -> None:
+    async def run() -> None:
+        desk = Desk()
+        desk.collector.go.set()
+        full = {"models": "named", "load_endpoint": "tcp://a:2", "capacity": 7}
+        for fields in (full, full, {}, {}):
+            assert await desk.post(**fields) == 200
+        (member,) = desk.registry
+        instance = member.instance
+        assert (instance.models, instance.load_endpoint, instance.capacity) == (("found",), "", 0)
+        assert desk.collector.joining == ["http://a:1"] * 2
+        assert desk.table.writes == ["admit 0", "describe 0"]
+
+    asyncio.run(run())
+
+
 def test_newcomers_are_probed_side_by_side() -> None:
     async def run() -> None:
         desk = Desk()
@@ -125,6 +141,6 @@ def test_models_found_by_asking_are_asked_for_again_and_named_ones_are_not() -> 
         await desk.post("a")
         await desk.post("b", models="named")
         assert (desk.models("a"), desk.models("b")) == (("found",), ("named",))
-        assert [member.asks_models for member in desk.registry] == [True, False]
+        assert [member.instance.asks_models for member in desk.registry] == [True, False]
 
     asyncio.run(run())

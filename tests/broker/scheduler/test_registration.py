@@ -347,6 +347,16 @@ def test_a_second_registration_keeps_what_probing_found() -> None:
     assert registration.rejoined(known) == known
 
 
+@pytest.mark.parametrize("said", [{"models": "mine"}, {"engine": "sglang"}, {"load_endpoint": "tcp://h:1"}])
+def test_what_only_an_earlier_registration_said_does_not_hold_any_more(said: dict[str, str]) -> None:
+    bare, full = parse(BASE, False), parse({**BASE, **said}, False)
+    known = full.joined(EngineKind.SGLANG, ("found",), "tcp://h:2")
+    assert full.rejoined(known) == known
+    assert bare.rejoined(known) is None  # what it leaves open has not been asked for
+    found = bare.joined(EngineKind.SGLANG, ("found",), "tcp://h:2")
+    assert full.rejoined(found) == known
+
+
 def test_a_native_engines_own_word_has_precedence_over_what_others_register() -> None:
     known = from_hello(hello(endpoint="tcp://10.0.0.1:8000"), False)
     assert parse({**BASE, "engine": "native"}, False).rejoined(known) == known
