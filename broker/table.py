@@ -287,10 +287,8 @@ class TableWriter:
         if not self._free:
             self.reclaim(now_ns)
         if not self._free:
-            raise TableFull(
-                f"all {self.slots} slots of the load table are in use"
-                + (f", {len(self._resting)} of them resting" if self._resting else "")
-            )
+            resting = f", {len(self._resting)} of them resting (shm.rest-secs)" if self._resting else ""
+            raise TableFull(f"all {self.slots} slots of the load table (shm.slots) are in use{resting}")
         slot = heapq.heappop(self._free)
         for queued in QueueColumn:
             self.queue[queued * self.slots + slot] = 0

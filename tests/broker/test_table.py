@@ -68,11 +68,11 @@ def test_metadata_fills_its_blob_to_the_last_byte_and_no_further(run: Run) -> No
 def test_a_full_table_refuses_until_a_slot_has_rested(run: Run) -> None:
     for n in range(4):
         run.admit(f"http://h:{n}")
-    with pytest.raises(TableFull, match="all 4 slots"):
+    with pytest.raises(TableFull, match=r"all 4 slots of the load table \(shm\.slots\) are in use$"):
         run.admit("http://h:9")
     run.writer.remove(2, run.clock())
     run.clock.advance(29.9)
-    with pytest.raises(TableFull, match="1 of them resting"):
+    with pytest.raises(TableFull, match=r"in use, 1 of them resting \(shm\.rest-secs\)$"):
         run.admit("http://h:9")
     run.clock.advance(0.2)
     assert run.admit("http://h:9") == 2
