@@ -86,7 +86,7 @@ class Router:
         slot = change.job.engine
         if change.ended:
             self.view.in_flight[slot] -= 1
-        else:
+        if change.ended is not self._policies[0].counts_prompts:
             self.view.tokens[slot] -= change.job.charged
 
 
