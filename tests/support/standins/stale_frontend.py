@@ -1,4 +1,4 @@
-"""The frontend, but SIGUSR1 makes it decide by a copy of the live counters from then on. It says so on stdout: `COPIED`."""
+"""The frontend, but SIGUSR1 makes it decide by a copy of the live counters from then on, which it says on stdout."""
 
 from __future__ import annotations
 
