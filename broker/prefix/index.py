@@ -36,8 +36,8 @@ TOLD = 1 << 16
 REPEAT_S = 60.0
 """What an instance has been sent is told again after this time at the latest: the table forgets what is old."""
 REPEAT_PART = 8
-"""And after notices that may have taken the place of this part of the table, or when this part of the time is over
-after which the table forgets: what is in use must not look old."""
+"""And when this part of the table has been given to others, or this part of the time is over after which the table
+forgets: what is in use must not look old."""
 
 
 class Match(msgspec.Struct, frozen=True, gc=False):
@@ -125,7 +125,7 @@ class PrefixIndex:
         self._pending: deque[_Notice] = deque(maxlen=PENDING)
         self._outbox: deque[_Notice] = deque()
         self._outbox_keys = 0
-        self._told = _Told(repeat_s, self._table.capacity // (REPEAT_PART * limit), clock)
+        self._told = _Told(self._table, repeat_s, clock)
         self._last: tuple[RouteRequest | None, Vector, float] = (None, np.empty(0, dtype=np.int64), 0.0)
         self._matched: Match | None = None
         """Of the last request."""
@@ -273,24 +273,23 @@ class _Told:
     over. It need not be right: what the table does not have is told, whatever stands here.
     """
 
-    def __init__(self, repeat_s: float, notices: int, clock: Callable[[], float]) -> None:
-        """`notices`: of anybody, after which everything is told again."""
+    def __init__(self, table: TableReader, repeat_s: float, clock: Callable[[], float]) -> None:
+        self._table = table
         self._repeat_s = repeat_s
-        self._notices = notices
         self._clock = clock
         self._keys: defaultdict[int, set[int]] = defaultdict(set)
         self._room = TOLD
         self._until_s = 0.0
-        self._until_tick = 0
+        self._until_inserted = 0
 
     def tell(self, match: Match, slot: int) -> int:
         """How many leading blocks of the prompt need not be told of the instance; the rest counts as told now."""
         now = self._clock()
-        if self._room < 0 or now >= self._until_s or match.found.tick >= self._until_tick:
+        if self._room < 0 or now >= self._until_s or self._table.inserted >= self._until_inserted:
             self._keys.clear()
             self._room = TOLD
             self._until_s = now + self._repeat_s
-            self._until_tick = match.found.tick + self._notices
+            self._until_inserted = self._table.inserted + self._table.capacity // REPEAT_PART
         keys, known = match.keys, self._keys[slot]
         had: int = match.depths.item(slot)
         if had == len(keys) and keys.item(-1) in known:

@@ -16,7 +16,7 @@ from shm.segment import Block, Layout, Segment
 
 PREFIX = "prefix"
 """File name in the run directory."""
-VERSION = 2
+VERSION = 3
 """Of the layout and of the hash: who makes other keys shares no index."""
 CAPACITY = 1 << 20
 """Blocks remembered; 25.5 MiB in all with 1,024 slots."""

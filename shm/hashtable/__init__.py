@@ -9,7 +9,7 @@ used key, so the table never refuses and never grows.
     members   (buckets x 8,)  the key's set, one word, see below
     uses      (buckets x 8,)  tick of the last use << 24 | how often used of late, in 1/256
     pool      (pool, words)   bitmaps of the sets that a word cannot hold
-    cells     TICK, STAMP
+    cells     TICK, STAMP, INSERTED
 
 A set of up to four members is one word of four 16-bit fields (member + 1, 0 = none), the newest lowest, so that
 adding one is a single store. A larger set is a bitmap in the pool, shared by all keys that have the same one: the word
@@ -24,7 +24,7 @@ Ticks. `tick` is the caller's count of uses (not a clock); a key's recent uses f
 
 Order of stores, and what a reader may see if the writer dies behind each:
 
-    a known key gets a member                  a new key
+    a known key gets a member                  a new key (INSERTED has been counted)
       1  pool bitmap, if one is allocated        1  sequence := odd      the bucket reads as empty until the take-over
       2  members := new word                     2  keys := 0            from here on: the place is free
       3  uses                                    3  members := word

@@ -23,7 +23,7 @@ PLACE_BITS = 16
 COUNT_BITS = 24
 COUNT_MASK = (1 << COUNT_BITS) - 1
 COUNT_UNIT = 256
-TICK, STAMP = range(2)
+TICK, STAMP, INSERTED = range(3)
 
 Vector = NDArray[np.int64]
 
@@ -39,7 +39,7 @@ def blocks(capacity: int, members: int, pool: int) -> list[Block]:
         raise ValueError(f"a table has 1 to {1 << PLACE_BITS} pooled sets, not {pool}")
     buckets = 1 << max(0, (-(-capacity // WAYS) - 1).bit_length())
     return [
-        Block("cells", (2,), labels=("TICK", "STAMP")),
+        Block("cells", (3,), labels=("TICK", "STAMP", "INSERTED")),
         Block("sequence", (buckets,)),
         Block("keys", (buckets, WAYS)),
         Block("members", (buckets * WAYS,)),
@@ -62,6 +62,11 @@ class Table:
     def tick(self) -> int:
         """The tick of the last use."""
         return self._cells[TICK]
+
+    @property
+    def inserted(self) -> int:
+        """How many keys have ever taken a place: how far the table has moved on between two moments."""
+        return self._cells[INSERTED]
 
     @property
     def capacity(self) -> int:

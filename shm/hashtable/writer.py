@@ -15,6 +15,7 @@ from shm.hashtable.layout import (
     FIELD,
     FIELDS,
     HORIZON,
+    INSERTED,
     PLACE_BITS,
     STAMP,
     TICK,
@@ -86,6 +87,7 @@ class TableWriter(Table):
         uses *= table != 0
         places = (buckets << WAY_BITS) + uses.argmin(axis=1)
         sequence = self._sequence.take(buckets)
+        self._put(self._cells, INSERTED, self._cells[INSERTED] + len(keys))
         self._release(places)
         self._put(self._sequence, buckets, sequence + 1)
         self._put(self._flat, places, 0)
