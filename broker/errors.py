@@ -32,10 +32,15 @@ class PenstockError(Exception):
     headers: tuple[tuple[bytes, bytes], ...] = ()
     """For the client's answer, beside those of the form that it takes."""
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    public: str | None = None
+    """What clients are told instead of the message, which is for operators: it may name an instance's address."""
+
+    def __init__(self, message: str, *, param: str | None = None, public: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        if public is not None:
+            self.public = public
 
 
 class ConfigError(PenstockError):
@@ -138,6 +143,7 @@ class ConnectFailed(UpstreamError):
     """Nothing reached the engine."""
 
     code = "connect_failed"
+    public = "the engine cannot be reached"
 
 
 class EngineSaturated(UpstreamError):
@@ -146,12 +152,14 @@ class EngineSaturated(UpstreamError):
     status = 503
     code = "engine_saturated"
     retry_after_s = 1
+    public: str | None = "the engine takes no more requests now"
 
 
 class GivenBack(EngineSaturated):
     """An engine stopped a request in the middle, for want of room, and asks for another one to serve it."""
 
     code = "given_back"
+    public = None
 
 
 class UpstreamBroken(UpstreamError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from enum import StrEnum
 
@@ -55,15 +56,17 @@ def log_end(
     size: int,
     end: tuple[bytes, ...],
     outcome: Outcome,
+    reason: str | None,
 ) -> None:
-    """The line of a request that was forwarded. `end`: the last chunks of its answer, the last one first."""
+    """The line of a request that was forwarded. `end`: the last chunks of its answer, the last one first. `reason`: of
+    its failure, if its client was not told it."""
     queue_ms = "-" if queued_s is None else f"{queued_s * 1e3:.1f}"
     ttft_ms = "-" if first_byte_s is None else f"{first_byte_s * 1e3:.1f}"
     access.write(
         f"id={ident.decode()} path={printable(path)} model={printable(model or '-')} instance={instance} "
         f"policy={policy} attempts={attempts} status={status} queue_ms={queue_ms} stolen_from={stolen_from} "
         f"rescued_from={rescued_from} ttft_ms={ttft_ms} duration_ms={duration_s * 1e3:.1f} bytes={size} "
-        f"tokens={_completion_tokens(end)} outcome={outcome.value}"
+        f"tokens={_completion_tokens(end)} outcome={outcome.value}{f' reason={json.dumps(reason)}' if reason else ''}"
     )
 
 

@@ -485,15 +485,16 @@ class Forward:
             self._story.failed(error, paired=self._shared.pairs, began=self._state is State.FLOWING)
         where = self._choice.where if self._choice is not None else "-"
         self._took(Failed(self._shared.clock(), where, error.message))
+        reason = error.message if error.public is not None else None
         if self._state is State.FLOWING:
-            self._end(Outcome.BROKEN)
+            self._end(Outcome.BROKEN, reason=reason)
         else:
             self._status = self._shared.face.error(error).status
-            self._end(Outcome.FAILED)
+            self._end(Outcome.FAILED, reason=reason)
         self._sink.fail(error)
 
-    def _end(self, outcome: Outcome, now: float | None = None) -> None:
-        """`now`: if the caller knows it already."""
+    def _end(self, outcome: Outcome, now: float | None = None, reason: str | None = None) -> None:
+        """`now`: if the caller knows it already. `reason`: of a failure, if the client is not told it."""
         self._state = _ENDED
         if self._timer is not None:
             self._disarm()
@@ -548,4 +549,5 @@ class Forward:
                 size=self._bytes,
                 end=(self._last, self._tail),
                 outcome=outcome,
+                reason=reason,
             )

@@ -61,7 +61,8 @@ class MethodNotAllowed(PenstockError):
 
 
 def _fields(failure: PenstockError) -> dict[str, str | None]:
-    return {"message": failure.message, "type": failure.kind, "param": failure.param, "code": failure.code}
+    message = failure.public or failure.message
+    return {"message": message, "type": failure.kind, "param": failure.param, "code": failure.code}
 
 
 def formatter(process: str) -> logging.Formatter:

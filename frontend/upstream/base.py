@@ -97,7 +97,8 @@ class Sink(Protocol):
         """The answer is whole."""
 
     def fail(self, error: PenstockError) -> None:
-        """It will never be whole: the engine, the way to it, or a limit ended it."""
+        """It will never be whole: the engine, the way to it, or a limit ended it. What the error says to clients names
+        no address (`PenstockError.public`)."""
 
 
 class WholeSink(Sink, Protocol):

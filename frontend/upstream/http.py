@@ -180,7 +180,8 @@ class HttpCall:
             self._end()
             if self._retried and isinstance(error, ConnectFailed):
                 # The first copy of the request went out on the connection that broke; it may have been read.
-                error = UpstreamBroken(f"the connection broke before an answer; then: {error.message}")
+                said = "the connection broke before an answer; then: "
+                error = UpstreamBroken(said + error.message, public=said + (error.public or error.message))
             sink.fail(error)
 
     def went_stale(self) -> None:

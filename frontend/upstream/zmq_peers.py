@@ -153,7 +153,8 @@ class Peers:
         except zmq.ZMQError as e:
             if e.errno != errno.ENOENT:  # libzmq has ended it already: the handshake failed
                 raise
-        self._owner.lost(peer, UpstreamBroken(why) if peer.welcomed else ConnectFailed(why))
+        broken = "the connection to the engine broke"
+        self._owner.lost(peer, UpstreamBroken(why, public=broken) if peer.welcomed else ConnectFailed(why))
 
     def lose_broken(self) -> None:
         """Ends those that the monitor has told of; to be called when all that they had sent has been read."""

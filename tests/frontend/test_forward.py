@@ -21,6 +21,7 @@ from broker.errors import (
     UpstreamBroken,
     UpstreamTimeout,
 )
+from broker.faces import FD_ROUTER, PENSTOCK
 from frontend.forward import Forward
 from frontend.upstream.base import Headers
 from tests.frontend.fakes import Client, Frontend
@@ -109,6 +110,21 @@ def test_the_log_line_says_where_and_how_but_never_what(one: Frontend, caplog: p
         f"id=id-1 path=/v1/chat/completions model=tiny instance={A} policy=request_num attempts=1 status=200 "
         "queue_ms=- stolen_from=- rescued_from=- ttft_ms=250.0 duration_ms=1000.0 bytes=85 tokens=42 outcome=done"
     )
+
+
+def test_an_engines_address_is_for_the_log_and_not_for_the_client(
+    one: Frontend, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "penstock.access")
+    one.begin()
+    for _ in range(3):
+        one.http.last.sink.fail(ConnectFailed(f'cannot connect to {A}: "refused"'))
+    (error,) = one.client.heard
+    assert A.encode() not in PENSTOCK.error(error).body
+    assert b'"message":"the engine cannot be reached"' in PENSTOCK.error(error).body
+    assert A.encode() in FD_ROUTER.error(error).body  # as the original has it
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.endswith(f' outcome=failed reason="cannot connect to {A}: \\"refused\\""')
 
 
 def test_a_model_name_cannot_forge_a_log_line(one: Frontend, caplog: pytest.LogCaptureFixture) -> None:

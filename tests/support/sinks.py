@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
 from broker.errors import PenstockError
 from frontend.upstream.base import AnswerHead, Call, Headers
+
+_ADDRESS = re.compile(r"://|127\.0\.0\.1|::1|localhost")
 
 
 class RecordingSink:
@@ -86,6 +89,9 @@ class RecordingSink:
     def fail(self, error: PenstockError) -> None:
         self._hear("fail")
         self.error = error
+        said = error.public or error.message
+        if _ADDRESS.search(said):
+            self.violations.append(f"clients are told an address: {said}")
         self.ended.set()
 
     def _hear(self, event: str) -> None:
