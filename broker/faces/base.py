@@ -51,8 +51,6 @@ class Event(Enum):
     RELEASED = auto()  # url, count
     TOKENS_RELEASED = auto()  # url, tokens
     COMPLETED = auto()
-    REJECTED = auto()  # id, path, status
-    ENDED = auto()  # id, path, model, instance, policy, attempts, status, first_byte, duration, bytes, tokens, outcome
     ANSWERED = auto()  # method, path, status, duration, client
     PANIC = auto()  # error
 

@@ -104,13 +104,6 @@ PENSTOCK = Face(
     log_file=Path("logs/penstock.log"),
     formatter=formatter,
     lines={
-        Event.ENDED: Line(
-            logging.INFO,
-            "id=%(id)s path=%(path)s model=%(model)s instance=%(instance)s policy=%(policy)s attempts=%(attempts)d "
-            "status=%(status)d ttft_ms=%(first_byte_ms)s duration_ms=%(duration_ms).1f bytes=%(bytes)d "
-            "tokens=%(tokens)s outcome=%(outcome)s",
-        ),
-        Event.REJECTED: Line(logging.INFO, "id=%(id)s path=%(path)s status=%(status)d outcome=rejected"),
         Event.REGISTERED: Line(logging.INFO, "registered %(url)s: %(engine)s %(role)s, models: %(models)s"),
         Event.LISTED_NOT_REGISTERED: Line(logging.ERROR, "%(url)s of %(path)s is not registered yet: %(error)s"),
         Event.LISTED_UNUSABLE: Line(logging.ERROR, "%(where)s: %(problem)s"),
