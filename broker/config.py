@@ -84,7 +84,7 @@ class Server(Section, frozen=True, forbid_unknown_fields=True):
     that waited, were moved or failed; 0 = none. 2 KB for each, and 32 bytes for each candidate it had."""
     decision_header: Literal["never", "asked", "always"] = "asked"
     """Which answers say so in `X-Penstock-Decision`, instances' addresses included; asked = those to requests with
-    `X-Penstock-Explain: 1`."""
+    `X-Penstock-Explain: 1`. An error says it, too, if its request was sent to an instance."""
     lean_path: bool = True
     """Whether inference requests go around ASGI. Both ways do the same; this one costs a fraction."""
 

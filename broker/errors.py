@@ -6,6 +6,7 @@ Foreign exceptions are translated where they enter (upstream, wire, config) with
 from __future__ import annotations
 
 from enum import Enum
+from typing import Self
 
 import msgspec
 
@@ -41,6 +42,12 @@ class PenstockError(Exception):
         self.param = param
         if public is not None:
             self.public = public
+
+    def with_header(self, name: bytes, value: bytes) -> Self:
+        """The same for one client: an error may be told to several."""
+        own = type(self).__new__(type(self), *self.args)
+        own.__dict__.update(self.__dict__, headers=(*self.headers, (name, value)))
+        return own
 
 
 class ConfigError(PenstockError):

@@ -491,6 +491,8 @@ class Forward:
         else:
             self._status = self._shared.face.error(error).status
             self._end(Outcome.FAILED, reason=reason)
+            if self._explains and self._steps and self._attempts:
+                error = error.with_header(DECISION, explain.line(self._steps, self._shared.policies))
         self._sink.fail(error)
 
     def _end(self, outcome: Outcome, now: float | None = None, reason: str | None = None) -> None:

@@ -23,6 +23,7 @@ from tests.frontend.pairs import PairFrontend
 from tests.frontend.test_placing import A, B, Scene, other
 
 PROMPT = "word" * 64
+UNSENT = UpstreamRequest(path="/v1/completions", headers=[], body=b"{}")
 
 
 class Listening(Client):
@@ -90,6 +91,21 @@ def test_who_asks_is_told_in_a_header_and_nobody_else(tmp_path: Path) -> None:
             "tries": "1",
         }
         assert DECISION not in silent.headers
+
+
+def test_who_asks_is_told_where_it_failed_too(tmp_path: Path) -> None:
+    with plain(tmp_path) as frontend:
+        asked, silent = (ask(frontend.forwarder, why=why)[1] for why in (True, False))
+        error, calls = ConnectFailed("refused"), 0
+        while calls < len(frontend.http.calls):  # the same error for all: retries, and the other request
+            frontend.http.calls[calls].sink.fail(error)
+            calls += 1
+        (failed,), (plainly,) = asked.heard, silent.heard
+        assert isinstance(failed, ConnectFailed)
+        assert dict(failed.headers)[DECISION].endswith(b" tries=3")
+        assert plainly.headers == ()
+        frontend.forwarder.forward(b"lost", RouteRequest(model="unheard-of"), UNSENT, asked, asks_why=True).begin()
+        assert asked.heard[-1].headers == ()  # it was nowhere
 
 
 @pytest.mark.parametrize(("setting", "told"), [("never", [False, False]), ("always", [True, True])])
