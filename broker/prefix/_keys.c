@@ -6,6 +6,13 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Four or eight multiplications at once where the CPU has them: 1.7 us instead of 3 for 512 blocks of 64 characters. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define WIDEST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define WIDEST
+#endif
+
 typedef struct {
     const uint64_t *weights, *high; /* of whole words, and of their high halves once more */
 } Weights;
@@ -103,39 +110,40 @@ static int begin(Task *task, PyObject *const *given) {
     return -1;
 }
 
+/* Key k of each block of a text; `characters` is the width of one in bytes. */
+#define TEXT(characters, type)                                                     \
+    {                                                                              \
+        const type *from = data;                                                   \
+        CHAIN((own = narrow##characters(from + k * block, block, narrow, &beyond), \
+               beyond ? wide##characters(from + k * block, block, wide) : own))    \
+        break;                                                                     \
+    }
+
+WIDEST static void chain_text(const Task *task, int kind, const void *data, Weights narrow, Weights wide) {
+    const Py_ssize_t block = task->block, count = task->count;
+    const uint64_t *places = task->places;
+    uint64_t *keys = task->keys, sum = task->start;
+    switch (kind) {
+    case PyUnicode_1BYTE_KIND: TEXT(1, Py_UCS1)
+    case PyUnicode_2BYTE_KIND: TEXT(2, Py_UCS2)
+    default: TEXT(4, Py_UCS4)
+    }
+}
+
 static PyObject *text_keys(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t arguments) {
     Task task;
     if (arguments != 9 || !PyUnicode_Check(given[4]) || PyUnicode_READY(given[4]) < 0)
         return PyErr_Format(PyExc_TypeError, "text_keys(block, start, places, keys, text, narrow, high, wide, high)");
     if (begin(&task, given) < 0) return NULL;
-    const Py_ssize_t block = task.block, count = task.count;
+    const Py_ssize_t block = task.block;
     Weights narrow = {constants(given[5], (block + 7) / 8), constants(given[6], (block + 7) / 8)};
     Weights wide = {constants(given[7], (block + 1) / 2), constants(given[8], (block + 1) / 2)};
-    if (PyErr_Occurred()) goto release;
-    if (PyUnicode_GET_LENGTH(given[4]) / block < count) {
-        PyErr_SetString(PyExc_ValueError, "the text has fewer blocks");
-        goto release;
+    if (!PyErr_Occurred()) {
+        if (PyUnicode_GET_LENGTH(given[4]) / block < task.count)
+            PyErr_SetString(PyExc_ValueError, "the text has fewer blocks");
+        else
+            chain_text(&task, PyUnicode_KIND(given[4]), PyUnicode_DATA(given[4]), narrow, wide);
     }
-    const uint64_t *places = task.places;
-    uint64_t *keys = task.keys, sum = task.start;
-    const void *data = PyUnicode_DATA(given[4]);
-    switch (PyUnicode_KIND(given[4])) {
-    case PyUnicode_1BYTE_KIND: {
-        const Py_UCS1 *from = data;
-        CHAIN((own = narrow1(from + k * block, block, narrow, &beyond), beyond ? wide1(from + k * block, block, wide) : own))
-        break;
-    }
-    case PyUnicode_2BYTE_KIND: {
-        const Py_UCS2 *from = data;
-        CHAIN((own = narrow2(from + k * block, block, narrow, &beyond), beyond ? wide2(from + k * block, block, wide) : own))
-        break;
-    }
-    default: {
-        const Py_UCS4 *from = data;
-        CHAIN((own = narrow4(from + k * block, block, narrow, &beyond), beyond ? wide4(from + k * block, block, wide) : own))
-    }
-    }
-release:
     PyBuffer_Release(&task.out);
     if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
