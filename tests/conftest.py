@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+import broker
 
 # The same examples at every run, so that a failure is a change's; and no time limit for one example, because the
 # machine is shared.
@@ -13,6 +16,11 @@ settings.register_profile("penstock", deadline=None, derandomize=True)
 settings.load_profile("penstock")
 
 ROOT = Path(__file__).parents[1]
+
+# Processes that tests start run what the tests themselves run: the sources, or the compiled build of them.
+os.environ["PYTHONPATH"] = os.pathsep.join((str(Path(broker.__path__[0]).parent), str(ROOT)))
+os.environ["PYTHONSAFEPATH"] = "1"
+
 PROCESSES = (
     "benchmarks/guard",
     "tests/blackbox",

@@ -21,7 +21,7 @@ import yaml
 from tests.blackbox.engine import Engine
 from tests.support import shmdir
 from tests.support.processes import free_port
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 COMMAND = [str(Path(sys.executable).with_name("fd-router"))]
 
@@ -39,7 +39,9 @@ class Answer(NamedTuple):
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command, for starts that end by themselves."""
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=30, check=False, cwd=cwd)
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=PATIENCE_S, check=False, cwd=cwd
+    )
 
 
 class Router:
@@ -84,7 +86,7 @@ class Router:
                 env={**os.environ, "PENSTOCK_SHM_DIR": str(self._shm)},
                 start_new_session=True,
             )
-        until(self._answers, lambda: f"the start of fd-router:\n{self.log}", 30.0)
+        until(self._answers, lambda: f"the start of fd-router:\n{self.log}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -92,7 +94,7 @@ class Router:
             engine.close()
         self.process.send_signal(signal.SIGTERM)
         try:
-            code = self.process.wait(25)
+            code = self.process.wait(PATIENCE_S)
             left = list(self._shm.iterdir())
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -141,7 +143,7 @@ class Router:
     def ask(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         try:
             connection.request(method, path, body, dict(headers or {}))
             response = connection.getresponse()
@@ -164,7 +166,7 @@ class Router:
         """A request whose answer the test reads itself."""
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: router\r\nContent-Length: {len(data)}\r\n\r\n"
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
         connection.sendall(head.encode() + data)
         return connection
 

@@ -17,7 +17,7 @@ from tests.blackbox import engine as scripts
 from tests.blackbox.engine import Engine
 from tests.blackbox.router import Router, chat
 from tests.blackbox.test_mixed import read_until
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 SLOW = {
     "manager": {
@@ -58,7 +58,7 @@ def test_thresholds_are_probes_in_a_row_and_heartbeats_are_probed(tmp_path: Path
 BEAT = """
 import http.client, json, sys, time
 port, engine, count, interval = map(float, sys.argv[1:])
-router = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
+router = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
 start = due = time.monotonic()
 refused = k = 0
 while time.monotonic() < start + 60:
@@ -97,7 +97,7 @@ def test_the_heartbeats_of_two_hundred_engines_are_not_felt(tmp_path: Path) -> N
             assert all_at_once.stdout.readline() == "all 0\n"
             all_at_once.kill()
         assert router.numbers()["mixed"] == ENGINES
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", router.port, timeout=10)) as client:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", router.port, timeout=PATIENCE_S)) as client:
 
             def median() -> float:
                 times = []

@@ -25,7 +25,7 @@ def test_the_demo_shows_hosts_that_help_and_ends_with_ctrl_c(tmp_path: Path) -> 
         assert demo.popen.poll() is None, demo.output
         return any(int(count) for count in re.findall(r"\((\d+) elsewhere\)", demo.output))
 
-    until(helped, lambda: f"requests that ran at another host:\n{demo.output}", 60.0)
+    until(helped, lambda: f"requests that ran at another host:\n{demo.output}")
     demo.signal(signal.SIGINT)
     assert demo.await_exit(60.0) == 0, demo.output
     assert "no process is left" in demo.output

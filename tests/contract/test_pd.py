@@ -31,7 +31,7 @@ from frontend.upstream.zmq import ZmqUpstream
 from tests.support.fake_engines import HttpEngine, ZmqEngine
 from tests.support.sinks import RecordingSink
 from tests.support.table import Run
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 BODY = b'{"prompt" : "hello", "max_tokens":5, "big": 9007199254740993, "stream":true}'
 GIVEN = b'{"remote_request_id": "cmpl-1",  "remote_block_ids":[[1, 2]], "new":18446744073709551615}'
@@ -121,10 +121,10 @@ class Stage:
     # -- the engines -------------------------------------------------------------------------------------------
 
     async def prefill(self) -> Asked:
-        return await asyncio.wait_for(self.asked[Role.PREFILL].get(), 10)
+        return await asyncio.wait_for(self.asked[Role.PREFILL].get(), PATIENCE_S)
 
     async def decode(self) -> Asked:
-        return await asyncio.wait_for(self.asked[Role.DECODE].get(), 10)
+        return await asyncio.wait_for(self.asked[Role.DECODE].get(), PATIENCE_S)
 
     def prefilled(self, asked: Asked) -> None:
         """What a prefill of this connector answers."""
@@ -195,12 +195,12 @@ def play(connector: Connector, tmp_path: Path) -> Play:
 
 
 async def ended(sink: RecordingSink) -> None:
-    await asyncio.wait_for(sink.ended.wait(), 10)
+    await asyncio.wait_for(sink.ended.wait(), PATIENCE_S)
 
 
 async def gone(asked: Asked) -> None:
     """The frontend has given it up."""
-    await asyncio.wait_for(asked.aborted.wait(), 5)
+    await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
 
 
 def matches(stage: Stage, prefill: Asked, decode: Asked, *, again: bool = False) -> None:

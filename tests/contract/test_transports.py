@@ -19,7 +19,7 @@ from frontend.upstream.http import HttpUpstream
 from frontend.upstream.zmq import ZmqUpstream
 from tests.support.fake_engines import FakeEngine, HttpEngine, ZmqEngine
 from tests.support.sinks import RecordingSink
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 BODY = b'{"model": "m", "stream": true}'
 
@@ -112,7 +112,7 @@ def play(request: pytest.FixtureRequest, transport: str) -> Play:
 
 
 async def ended(sink: RecordingSink) -> None:
-    await asyncio.wait_for(sink.ended.wait(), 10)
+    await asyncio.wait_for(sink.ended.wait(), PATIENCE_S)
 
 
 def heard(sink: RecordingSink, body: bytes) -> Awaitable[bool | None]:
@@ -347,7 +347,7 @@ def test_cancel_right_after_open_is_silent(play: Play) -> None:
         other = stage.open(engine.instance, b"other")
         asked = await engine.asked()
         while asked.body != b"other":  # the cancelled one may have reached the engine, which is told
-            await asyncio.wait_for(asked.aborted.wait(), 10)
+            await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
             asked = await engine.asked()
         asked.done(b"ok")
         await ended(other)
@@ -362,7 +362,7 @@ def test_cancel_while_the_engine_works_reaches_it_at_once(play: Play) -> None:
         sink = stage.open(engine.instance)
         asked = await engine.asked()
         sink.leave()
-        await asyncio.wait_for(asked.aborted.wait(), 10)
+        await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
 
     play(scene)
 
@@ -375,7 +375,7 @@ def test_cancel_in_mid_body_reaches_the_engine_and_later_bytes_reach_nobody(play
         asked.chunk(b"a")
         await heard(sink, b"a")
         sink.leave()
-        await asyncio.wait_for(asked.aborted.wait(), 10)
+        await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
         asked.chunk(b"b")
         asked.done(b"c")
         other = stage.open(engine.instance)
@@ -395,7 +395,7 @@ def test_cancel_from_within_the_sink(play: Play, where: str) -> None:
         asked = await engine.asked()
         asked.chunk(b"a")
         asked.chunk(b"b")
-        await asyncio.wait_for(asked.aborted.wait(), 10)
+        await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
         assert sink.events == ["start"] if where == "start" else ["start", "write"]
 
     play(scene)
@@ -489,7 +489,7 @@ def test_pause_before_the_answer_and_cancel_while_paused(play: Play) -> None:
         await ended(witness)
         assert sink.events == []
         sink.leave()
-        await asyncio.wait_for(asked.aborted.wait(), 10)
+        await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
 
     play(scene)
 
@@ -510,7 +510,7 @@ def test_a_slow_client_is_bounded(play: Play, transport: str) -> None:
         if transport == "zmq":
             await ended(sink)
             assert isinstance(sink.error, ClientTooSlow)
-            await asyncio.wait_for(asked.aborted.wait(), 10)
+            await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
         else:
             asked.done()
             assert asked.transport.get_write_buffer_size() > 0  # type: ignore[attr-defined]  # HttpAsked

@@ -17,6 +17,7 @@ from broker import config
 from broker.counters import CounterColumn, CountersReader, attach_counters
 from tests.support.client import Client, Exchange, State, chat
 from tests.support.processes import Fleet
+from tests.support.waiting import PATIENCE_S
 
 ENGINES = {"http": "http", "zmq": "zmq", "zmq-2": "zmq"}
 CONFIG = {"manager": {"health-check-interval-secs": 0.5}}
@@ -59,7 +60,7 @@ async def strike(fleet: Fleet, client: Client, name: str) -> Blow:
         )
         for k in range(STREAMS)
     ]
-    await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in begun)), 30)
+    await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in begun)), PATIENCE_S)
     # 4,000 words are 0.4 s of prefill before the first byte.
     late = [
         await client.send(
@@ -69,7 +70,7 @@ async def strike(fleet: Fleet, client: Client, name: str) -> Blow:
     ]
     pid = fleet.kill(name)
     assert sum(exchange.state is State.OPEN for exchange in begun) >= 20
-    await asyncio.wait_for(asyncio.gather(*(exchange.ended for exchange in begun + late)), 60)
+    await asyncio.wait_for(asyncio.gather(*(exchange.ended for exchange in begun + late)), PATIENCE_S)
     return Blow(begun, late, pid)
 
 
@@ -104,7 +105,7 @@ def calm(fleet: Fleet) -> None:
 async def even(fleet: Fleet, client: Client, round: str) -> None:
     """Held requests are level again over the instances."""
     held = [await client.send("/v1/chat/completions", chat(f"{round} {k}"), id=f"{round}-{k}") for k in range(30)]
-    await asyncio.wait_for(asyncio.gather(*(exchange.ended for exchange in held)), 30)
+    await asyncio.wait_for(asyncio.gather(*(exchange.ended for exchange in held)), PATIENCE_S)
     assert all(exchange.whole for exchange in held), held
     names = Counter(exchange.fingerprint() for exchange in held)
     assert set(names) == set(fleet.engines), names

@@ -21,7 +21,7 @@ import pytest
 from tests.support.client import Client, Exchange, State, chat
 from tests.support.processes import Engine, Fleet, free_port
 from tests.support.redis import RedisServer
-from tests.support.waiting import eventually, until
+from tests.support.waiting import PATIENCE_S, eventually, until
 
 PATH = "/v1/chat/completions"
 SLOW = ("--decode-step-ms", "20")
@@ -57,7 +57,7 @@ def joined(fleet: Fleet, members: int) -> bool:
 
 def await_joined(*fleets: Fleet) -> None:
     for fleet in fleets:
-        until(partial(joined, fleet, len(fleets)), f"{len(fleets)} members at {fleet.url}", 15.0)
+        until(partial(joined, fleet, len(fleets)), f"{len(fleets)} members at {fleet.url}")
 
 
 def is_alone(fleet: Fleet) -> bool:
@@ -71,7 +71,7 @@ def calm(*fleets: Fleet) -> None:
         fleet.await_idle()
         for engine in fleet.engines.values():
             engine.await_idle()
-        until(partial(nothing_moves, fleet), lambda: f"nothing lent or borrowed: {fleets[0].get('/queue')}", 15.0)
+        until(partial(nothing_moves, fleet), lambda: f"nothing lent or borrowed: {fleets[0].get('/queue')}")
 
 
 def nothing_moves(fleet: Fleet) -> bool:
@@ -88,11 +88,11 @@ def finished(fleet: Fleet) -> list[tuple[str, int]]:
 async def hold(client: Client, count: int = 1) -> list[Exchange]:
     """Requests that fill the instances until they leave."""
     held = [await client.send(PATH, chat("holds", max_tokens=10_000, ignore_eos=True)) for _ in range(count)]
-    await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in held)), 30)
+    await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in held)), PATIENCE_S)
     return held
 
 
-async def ended(exchanges: Sequence[Exchange], within: float = 40.0) -> None:
+async def ended(exchanges: Sequence[Exchange], within: float = PATIENCE_S) -> None:
     done = asyncio.gather(*(exchange.ended for exchange in exchanges))
     await asyncio.wait_for(done, within)
 
@@ -230,12 +230,12 @@ def test_a_killed_scheduler_costs_no_stolen_request_anything(hosts: list[Fleet],
             await hold(third)
             (own,) = await hold(client)
             stolen = await client.send(PATH, chat("long", max_tokens=3000, ignore_eos=True))
-            await asyncio.wait_for(stolen.first_byte, 20)
+            await asyncio.wait_for(stolen.first_byte, PATIENCE_S)
             assert lent(hosts[0]) == 1
             victim = hosts[1] if whose == "origin" else hosts[0]
             pid = victim.kill("scheduler")
             await asyncio.to_thread(victim.await_replaced, "scheduler", pid)
-            await eventually(lambda: joined(victim, 3), "joined again", 15)
+            await eventually(lambda: joined(victim, 3), "joined again")
             await eventually(lambda: lent(hosts[0]) == 1, lambda: f"the place is kept; {lent(hosts[0])} lent")
             # Nobody else gets it: the thief's own request waits.
             late = await other.send(PATH, chat("late", max_tokens=1))
@@ -287,7 +287,7 @@ def test_without_redis_every_host_goes_on_alone_and_comes_back(hosts: list[Fleet
 
     with away(redis):
         for fleet in hosts:
-            until(partial(is_alone, fleet), "away", 10.0)
+            until(partial(is_alone, fleet), "away")
             assert fleet.get("/ready")[0] == 200
             assert fleet.get("/queue")[1]["cluster"]["reason"]
             assert cluster(fleet, "joined") == 0
@@ -316,9 +316,9 @@ def test_a_stream_outlives_redis(hosts: list[Fleet], redis: RedisServer) -> None
             await hold(third)
             (own,) = await hold(client)
             stolen = await client.send(PATH, chat("long", max_tokens=2500, ignore_eos=True))
-            await asyncio.wait_for(stolen.first_byte, 20)
+            await asyncio.wait_for(stolen.first_byte, PATIENCE_S)
             with away(redis):
-                await eventually(lambda: lent(hosts[0]) == 0, "the lease is over", 15.0)
+                await eventually(lambda: lent(hosts[0]) == 0, "the lease is over")
                 await ended([stolen], 60)
             assert stolen.whole
             own.leave()
@@ -368,7 +368,7 @@ def test_a_redis_that_cannot_be_used_stops_the_start_with_a_sentence(tmp_path: P
     flags = ["--port", str(free_port()), "--shm-dir", str(tmp_path), "--scheduler-name", "global"]
     flags += ["--scheduler-port", str(redis.port), "--scheduler-password", "no such"]
     command = [sys.executable, "-m", "broker.cli", "serve", *flags]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert ran.returncode == 1
     (line,) = ran.stderr.splitlines()
     assert f"Redis at 127.0.0.1:{redis.port}, db 0: scheduler.password is wrong or missing" in line

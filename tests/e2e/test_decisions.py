@@ -14,7 +14,7 @@ from broker.counters import CounterColumn, CountersReader, attach_counters
 from tests.support.client import Client, chat
 from tests.support.processes import Fleet
 from tests.support.standins.stale_frontend import COPIED
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 INSTANCES, HELD = 8, 128
 BURST = 32
@@ -45,7 +45,7 @@ async def burst(fleet: Fleet, client: Client, size: int) -> None:
     exchanges = [await client.send("/v1/chat/completions", chat(f"Prompt {k}")) for k in range(size)]
     for frontend in frontends:
         frontend.resume()
-    await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in exchanges)), 60)
+    await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in exchanges)), PATIENCE_S)
 
 
 def held(fleet: Fleet) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.support.client import Client, Exchange, chat
 from tests.support.processes import Fleet
-from tests.support.waiting import eventually, until
+from tests.support.waiting import PATIENCE_S, eventually, until
 
 PATH = "/v1/chat/completions"
 PROMPT = "a prompt of some blocks " * 30
@@ -43,7 +43,7 @@ def test_header_log_line_and_command_agree_on_why(tmp_path: Path) -> None:
             with Client(fleet.port) as client:
                 quiet = await client.ask(PATH, chat(PROMPT, max_tokens=2))
                 held = [await client.send(PATH, chat("holds", max_tokens=10_000, ignore_eos=True)) for _ in urls]
-                await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in held)), 30)
+                await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in held)), PATIENCE_S)
                 headers = {"X-Penstock-Explain": "1", "X-Request-Id": "stolen"}
                 stolen = await client.send(PATH, chat(PROMPT, max_tokens=2), headers=headers)
                 await eventually(lambda: told(fleet, "stolen").get("steps"), "the request in line")
@@ -52,7 +52,7 @@ def test_header_log_line_and_command_agree_on_why(tmp_path: Path) -> None:
                 for exchange in held:
                     if told(fleet, exchange.headers["x-request-id"])["instance"] != home:
                         exchange.leave()
-                await asyncio.wait_for(stolen.ended, 30)
+                await asyncio.wait_for(stolen.ended, PATIENCE_S)
                 return quiet, stolen
 
         quiet, stolen = asyncio.run(run())

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.client import Client, Exchange, State, chat
 from tests.support.processes import Fleet
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 CHAT = "/v1/chat/completions"
 ENGINES = {"http": "http", "zmq": "zmq"}
@@ -48,7 +48,7 @@ def test_the_engine_is_idle_within_200_ms_of_a_clients_leaving(fleet: Fleet, beg
         with Client(fleet.port) as client:
             exchange = await client.send(CHAT, chat(prompt, max_tokens=5000, ignore_eos=True))
             if begun:
-                await asyncio.wait_for(exchange.first_byte, 10)
+                await asyncio.wait_for(exchange.first_byte, PATIENCE_S)
             busy = until(lambda: [e for e in fleet.engines.values() if not e.ledger()["idle"]], "an engine at work")
             assert exchange.state is State.OPEN
             left_at = time.monotonic()
@@ -98,7 +98,7 @@ async def visit(client: Client, id: str, rng: random.Random) -> Exchange:
             if exchange.body:
                 return await whole(exchange)
         else:
-            await asyncio.wait_for(exchange.first_byte, 30)
+            await asyncio.wait_for(exchange.first_byte, PATIENCE_S)
             await asyncio.sleep(rng.random() * 0.02)
         exchange.leave()
         return exchange
@@ -106,7 +106,7 @@ async def visit(client: Client, id: str, rng: random.Random) -> Exchange:
 
 
 async def whole(exchange: Exchange) -> Exchange:
-    await asyncio.wait_for(exchange.ended, 30)
+    await asyncio.wait_for(exchange.ended, PATIENCE_S)
     assert exchange.whole, exchange
     return exchange
 

@@ -15,7 +15,7 @@ import pytest
 from tests.broker.worker.simulated import expected
 from tests.support.client import Client, Exchange, State
 from tests.support.processes import Fleet, fetch
-from tests.support.waiting import eventually, until
+from tests.support.waiting import PATIENCE_S, eventually, until
 
 CONNECTORS = {
     "disaggregate_info": ("--dialect", "fastdeploy"),
@@ -92,7 +92,7 @@ def test_a_client_that_leaves_ends_both_halves(fleet: Fleet, connector: str, sta
         with Client(fleet.port) as client:
             exchange = await client.send("/v1/completions", body)
             if stage == "decode":
-                await asyncio.wait_for(exchange.first_byte, 20)
+                await asyncio.wait_for(exchange.first_byte, PATIENCE_S)
             else:
                 await eventually(lambda: fleet.in_flight() > 0, "the request is under way")
             exchange.leave()
@@ -158,7 +158,7 @@ def test_requests_are_aborted_wherever_they_are(fleet: Fleet) -> None:
                 for connector in CONNECTORS
             ]
             for exchange in running:
-                await asyncio.wait_for(exchange.first_byte, 20)
+                await asyncio.wait_for(exchange.first_byte, PATIENCE_S)
             named, rest = running[:2], running[2:]
             asked = {"req_ids": [*(exchange.id for exchange in named), "nobody"]}
             answer = (await client.ask("/v1/abort_requests", asked)).json()
@@ -167,13 +167,13 @@ def test_requests_are_aborted_wherever_they_are(fleet: Fleet) -> None:
             assert min(aborted.values()) >= 1
             assert answer["result"]["not_found"] == ["nobody"]
             for exchange in named:
-                assert await asyncio.wait_for(exchange.ended, 10) is State.FINISHED
+                assert await asyncio.wait_for(exchange.ended, PATIENCE_S) is State.FINISHED
                 assert (exchange.error() or {})["code"] == "request_aborted"
             assert not any(exchange.state is not State.OPEN for exchange in rest)
             answer = (await client.ask("/v1/abort_requests", {"abort_all": True})).json()
             assert len(answer["result"]["aborted"]) == len(rest)
             for exchange in rest:
-                await asyncio.wait_for(exchange.ended, 10)
+                await asyncio.wait_for(exchange.ended, PATIENCE_S)
             neither = await client.ask("/v1/abort_requests", {})
             assert (neither.status, neither.json()) == (400, {"error": "must provide abort_all=true or req_ids"})
 
@@ -197,10 +197,10 @@ def test_a_killed_half_costs_an_error_or_another_pair_and_nothing_is_left(
         body = {"model": connector, "max_tokens": 60, "ignore_eos": True, "stream": True}
         with Client(fleet.port) as client:
             running = [await client.send("/v1/completions", {**body, "prompt": f"{n} " + "x" * 200}) for n in range(12)]
-            await asyncio.wait_for(running[0].first_byte, 20)
+            await asyncio.wait_for(running[0].first_byte, PATIENCE_S)
             fleet.kill(name)
             for exchange in running:
-                assert await asyncio.wait_for(exchange.ended, 60) is State.FINISHED
+                assert await asyncio.wait_for(exchange.ended, PATIENCE_S) is State.FINISHED
                 assert exchange.whole or exchange.error() is not None
 
     async def after() -> None:
@@ -210,7 +210,7 @@ def test_a_killed_half_costs_an_error_or_another_pair_and_nothing_is_left(
 
     asyncio.run(run())
     # Before the death is known, a decode may refuse for want of its prefill sooner than the prefill's own refusal.
-    until(lambda: len([i for i in fleet.instances() if i["state"] == "ready"]) == 12, fleet.instances, 20)
+    until(lambda: len([i for i in fleet.instances() if i["state"] == "ready"]) == 12, fleet.instances)
     asyncio.run(after())
     fleet.await_idle()
     for engine in fleet.engines.values():

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.client import Client, Exchange, chat
 from tests.support.processes import Fleet
-from tests.support.waiting import eventually, until
+from tests.support.waiting import PATIENCE_S, eventually, until
 
 PATH = "/v1/chat/completions"
 
@@ -43,7 +43,7 @@ def start_unknown(fleet: Fleet, name: str, capacity: int) -> None:
     fleet.register(fleet.engine(name, "--transport", "http", "--capacity", str(capacity), "--router", ""))
 
 
-async def ended(exchanges: Sequence[Exchange], within: float = 30.0) -> None:
+async def ended(exchanges: Sequence[Exchange], within: float = PATIENCE_S) -> None:
     await asyncio.wait_for(asyncio.gather(*(exchange.ended for exchange in exchanges)), within)
 
 
@@ -62,7 +62,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 async def hold(client: Client, count: int = 1) -> list[Exchange]:
     """Requests that fill the instances until they leave."""
     held = [await client.send(PATH, chat("holds", max_tokens=10_000, ignore_eos=True)) for _ in range(count)]
-    await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in held)), 30)
+    await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in held)), PATIENCE_S)
     assert all(exchange.status == 200 for exchange in held)
     return held
 

@@ -18,7 +18,7 @@ import pytest
 from tests.support import shmdir
 from tests.support.client import Client, chat
 from tests.support.processes import Fleet, free_port
-from tests.support.waiting import eventually, until
+from tests.support.waiting import PATIENCE_S, eventually, until
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 def penstock(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "broker.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_the_curl_of_the_banner_works(fleet: Fleet, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_commands_speak_to_a_running_server(fleet: Fleet) -> None:
 
 def test_the_shared_memory_can_be_looked_at(fleet: Fleet) -> None:
     command = [sys.executable, "-m", "shm", str(fleet.run_dir)]
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
     assert "load" in dumped
     assert "counters" in dumped
 
@@ -105,7 +105,7 @@ def test_sighup_swaps_every_frontend_under_load(fleet: Fleet) -> None:
         now = {name: p.pid for name, p in fleet.processes().items() if name.startswith("frontend")}
         return len(now) == 2 and not set(now.values()) & set(before.values())
 
-    until(swapped, lambda: f"two new frontends: {fleet.processes()}", 30.0)
+    until(swapped, lambda: f"two new frontends: {fleet.processes()}")
     fleet.await_idle()
 
 
@@ -114,14 +114,14 @@ def test_a_swap_lets_streams_take_longer_than_a_stop_would(tmp_path: Path) -> No
         with Client(fleet.port) as client:
             sent = [await client.send("/v1/chat/completions", chat(f"{n}", max_tokens=60)) for n in range(4)]
             for exchange in sent:
-                await asyncio.wait_for(exchange.first_byte, 10)
+                await asyncio.wait_for(exchange.first_byte, PATIENCE_S)
             before = fleet.process("frontend-0").pid
             fleet.supervisor.signal(signal.SIGHUP)
-            await eventually(lambda: "frontend-1" in fleet.processes(), "the new frontend", 20)
+            await eventually(lambda: "frontend-1" in fleet.processes(), "the new frontend")
             for exchange in sent:
-                await asyncio.wait_for(exchange.ended, 30)
+                await asyncio.wait_for(exchange.ended, PATIENCE_S)
                 assert exchange.whole, exchange
-            await eventually(lambda: before not in [p.pid for p in fleet.processes().values()], "the old one's end", 20)
+            await eventually(lambda: before not in [p.pid for p in fleet.processes().values()], "the old one's end")
 
     # 60 words at 100 ms: three times as long as a stop would wait, and the new frontend is there within a part of it.
     with Fleet(tmp_path, workers=1, config={"server": {"drain-secs": 2}}) as fleet:
@@ -147,8 +147,8 @@ def test_sighups_that_come_during_a_swap_are_one_more_swap(tmp_path: Path) -> No
                 seen.update(frontends())
                 return len(seen) > before
 
-            until(another, lambda: f"a new frontend: {fleet.supervisor.output}", 30.0)
-        until(lambda: len(frontends()) == 2 and len(seen | frontends()) >= 6, lambda: fleet.supervisor.output, 30.0)
+            until(another, lambda: f"a new frontend: {fleet.supervisor.output}")
+        until(lambda: len(frontends()) == 2 and len(seen | frontends()) >= 6, lambda: fleet.supervisor.output)
         assert fleet.post("/v1/completions", {"prompt": "Hello", "max_tokens": 2})[0] == 200
 
 
@@ -172,11 +172,11 @@ def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path: Path) -> None:
         fleet.await_instances(2)
         fleet.supervisor.popen.kill()
         fleet.supervisor.popen.wait()
-        until(lambda: not fleet.left(), lambda: f"the children to end: {fleet.left()}", 20.0)
+        until(lambda: not fleet.left(), lambda: f"the children to end: {fleet.left()}")
         stale = fleet.run_dir
         # The next start removes what was left behind.
         fleet.supervisor = fleet.program("supervisor-2", ["-m", "broker.cli", "serve", *fleet._flags])
-        until(lambda: "listening on" in fleet.supervisor.output, lambda: fleet.supervisor.output, 30.0)
+        until(lambda: "listening on" in fleet.supervisor.output, lambda: fleet.supervisor.output)
         assert not stale.exists()
 
 

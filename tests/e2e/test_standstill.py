@@ -16,6 +16,7 @@ import pytest
 from tests.support.client import Client, Exchange, State, chat
 from tests.support.processes import Fleet
 from tests.support.traffic import Traffic, ended, p99
+from tests.support.waiting import PATIENCE_S
 
 MIDROW = {"broker.scheduler": "tests.support.standins.midrow_scheduler"}
 ENGINES = {"http": "http", "zmq": "zmq", "zmq-2": "zmq"}
@@ -129,7 +130,7 @@ def test_a_frontend_that_left_connections_to_a_stopped_one_would_keep_clients_wa
             assert answered, "nobody was served at all"
             assert waiting, "everybody was served"
             fleet.thaw("frontend-1")
-            await asyncio.wait_for(asyncio.gather(*waiting), 30)
+            await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE_S)
 
     with Fleet(tmp_path, workers=2, instead={"frontend": "tests.support.standins.polite_frontend"}) as fleet:
         start_engines(fleet)

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from frontend.upstream.base import Headers
+from tests.support.waiting import PATIENCE_S
 
 
 class Exchange:
@@ -59,7 +60,7 @@ class Exchange:
         assert self._task is not None
         if kind is not None:
             self._task.cancel()
-        await asyncio.wait_for(self._task, 10)
+        await asyncio.wait_for(self._task, PATIENCE_S)
 
     def leave(self) -> None:
         """The client disconnects."""

@@ -16,7 +16,7 @@ from broker import wire
 from broker.errors import SchedulerAway
 from frontend.control import Control
 from tests.support.table import Run
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 LONG_NS = 3_600_000_000_000
 """A beat so far in the future that the scheduler is alive for the whole test, however slow the machine."""
@@ -117,7 +117,7 @@ def test_a_call_under_way_ends_when_the_scheduler_dies() -> None:
         await scheduler.hears(wire.Register)
         scheduler.die()
         with pytest.raises(SchedulerAway):
-            await asyncio.wait_for(call, 10)
+            await asyncio.wait_for(call, PATIENCE_S)
 
     with_control(test)
 
@@ -129,7 +129,7 @@ def test_a_new_epoch_ends_calls_is_told_on_and_greeted() -> None:
         scheduler.run.succeed()
         scheduler.live()
         with pytest.raises(SchedulerAway):
-            await asyncio.wait_for(call, 10)
+            await asyncio.wait_for(call, PATIENCE_S)
         epoch = scheduler.run.reader.epoch
         assert epochs == [epoch]
         assert await scheduler.hears(wire.FrontendHello) == wire.FrontendHello(1, 7, epoch)

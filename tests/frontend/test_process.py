@@ -23,7 +23,7 @@ from broker.counters import TotalColumn
 from shm.segment import Segment
 from tests.support.client import Client, Exchange, State, chat
 from tests.support.table import Run
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 FLOOD = 96 * 1024 * 1024
 LONG_NS = 3_600_000_000_000
@@ -111,7 +111,7 @@ class House:
         """Streams whose first event has arrived."""
         exchanges = [await self.client.send("/v1/chat/completions", chat(**fields)) for _ in range(count)]
         for exchange in exchanges:
-            await asyncio.wait_for(exchange.first_byte, 10)
+            await asyncio.wait_for(exchange.first_byte, PATIENCE_S)
             assert exchange.status == 200, exchange
         return exchanges
 
@@ -187,7 +187,7 @@ def test_a_client_that_does_not_read_stops_its_engine_and_gets_every_byte_later(
             seen.append(house.engine.flooded)
             return house.engine.flooded > 0 and len(set(seen[-25:])) == 1
 
-        await eventually(stuck, "the engine stands", 30)
+        await eventually(stuck, "the engine stands")
         # What is on the way lies in the buffers of four sockets (the system lets each grow to 6 MiB at most) and,
         # bounded, in the frontend.
         assert house.engine.flooded < FLOOD / 2
@@ -215,13 +215,13 @@ def test_sigterm_lets_running_streams_end_and_serves_what_is_in_the_backlog(tmp_
         process.send_signal(signal.SIGCONT)
         # Neither is the one that was taken before and has not asked anything yet.
         fresh[1].write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert (await asyncio.wait_for(fresh[0].readline(), 10)) == b"HTTP/1.1 200 OK\r\n"
+        assert (await asyncio.wait_for(fresh[0].readline(), PATIENCE_S)) == b"HTTP/1.1 200 OK\r\n"
         fresh[1].close()
         for exchange in late:
-            assert await asyncio.wait_for(exchange.ended, 10) is State.FINISHED
+            assert await asyncio.wait_for(exchange.ended, PATIENCE_S) is State.FINISHED
         assert process.poll() is None
         house.engine.finish(house.engine.streams[0])
-        assert await asyncio.wait_for(running.ended, 10) is State.FINISHED
+        assert await asyncio.wait_for(running.ended, PATIENCE_S) is State.FINISHED
         assert running.events() == ["{}", "[DONE]"]
         assert await house.exit_code(process) == 0
         assert house.connections() == [0]
@@ -239,7 +239,7 @@ def test_streams_that_outlast_the_limit_end_with_an_error_and_the_exit_is_orderl
         process.terminate()
         assert await house.exit_code(process) == 0
         for exchange in (running, waiting):
-            assert await asyncio.wait_for(exchange.ended, 10) is State.FINISHED
+            assert await asyncio.wait_for(exchange.ended, PATIENCE_S) is State.FINISHED
             error = exchange.error()
             assert error is not None
             assert error["code"] == "stopping"
@@ -270,7 +270,7 @@ def test_the_end_of_the_supervisor_is_a_graceful_stop(tmp_path: Path) -> None:
         # The listening socket is ours too; that the frontend let go of it shows in nobody answering any more.
         await eventually(lambda: house.in_flight() == 1, "still serving")
         house.engine.finish(house.engine.streams[0])
-        assert await asyncio.wait_for(running.ended, 10) is State.FINISHED
+        assert await asyncio.wait_for(running.ended, PATIENCE_S) is State.FINISHED
         assert await house.exit_code(process) == 0
 
     in_house(tmp_path, test)
@@ -312,12 +312,12 @@ def test_requests_sent_ahead_are_answered_in_order_while_the_process_stops(tmp_p
         inference = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b"
         stream = b'{"stream": true}'
         writer.write(inference % (len(stream), stream))
-        assert (await asyncio.wait_for(reader.readuntil(b"data: {}"), 10)).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert (await asyncio.wait_for(reader.readuntil(b"data: {}"), PATIENCE_S)).startswith(b"HTTP/1.1 200 OK\r\n")
         writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" + inference % (2, b"{}"))
         await house.client.ask("/health")  # by now those two have been read as well
         process.terminate()
         house.engine.finish(house.engine.streams[0])
-        rest = await asyncio.wait_for(reader.read(), 10)
+        rest = await asyncio.wait_for(reader.read(), PATIENCE_S)
         places = [rest.index(word) for word in (b"[DONE]", b"0\r\n\r\n", b'{"status":"ok"}', b"\r\n\r\n{}")]
         assert places == sorted(places)
         assert await house.exit_code(process) == 0

@@ -128,7 +128,7 @@ def test_what_is_not_used_for_long_is_forgotten_with_its_connections() -> None:
             frontend = Frontend()
             frontend.enter(1).lease.close()
             kept = frontend.enter(2, "http://10.0.0.2:8000")
-            await eventually(lambda: frontend.forgotten, "forgotten", 5.0)
+            await eventually(lambda: frontend.forgotten, "forgotten")
             assert frontend.forgotten == ["http://10.0.0.1:8000"]
             assert not kept.lease.closed
             frontend.guests.close()

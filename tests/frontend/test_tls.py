@@ -18,7 +18,7 @@ from frontend.idle import IdleConnections
 from frontend.lean import Lean
 from tests.frontend.fakes import Frontend
 from tests.frontend.wire import PATHS, Path
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 FILES = pathlib.Path(__file__).parents[1] / "fixtures" / "tls"
 REQUEST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-id: i\r\ncontent-length: 2\r\n\r\n{}"
@@ -54,13 +54,13 @@ def test_a_stream_a_request_sent_ahead_and_a_leaving(
         first.start(200, SSE)
         for number in range(3):
             first.write(b"data: %d\n\n" % number)
-            assert (await asyncio.wait_for(reader.readuntil(b"data: %d\n\n" % number), 10)).endswith(b"\n\n")
+            assert (await asyncio.wait_for(reader.readuntil(b"data: %d\n\n" % number), PATIENCE_S)).endswith(b"\n\n")
         first.finish()
         await eventually(lambda: len(frontend.http.calls) == 2, "the second in its turn")
         second = frontend.http.last
         second.sink.start(200, SSE)
         second.sink.write(b"data: x\n\n")
-        await asyncio.wait_for(reader.readuntil(b"data: x\n\n"), 10)
+        await asyncio.wait_for(reader.readuntil(b"data: x\n\n"), PATIENCE_S)
         writer.close()
         await eventually(lambda: second.cancelled, "its leaving is seen")
         await eventually(lambda: not state.connections, "nothing is left")

@@ -16,6 +16,7 @@ import pytest
 import uvloop
 
 from tests.blackbox.router import Router
+from tests.support.waiting import PATIENCE_S
 
 PROMPTS = 300_000
 CONNECTIONS = 16
@@ -86,7 +87,7 @@ async def ask(port: int, numbers: range) -> int:
             writer.write(
                 b"POST /v1/completions HTTP/1.1\r\nhost: r\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
             )
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE_S)
             await reader.readexactly(2)
             served += head.startswith(b"HTTP/1.1 200")
     finally:

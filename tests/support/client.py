@@ -20,6 +20,8 @@ from typing import Any
 
 import httptools
 
+from tests.support.waiting import PATIENCE_S
+
 
 class State(StrEnum):
     OPEN = "open"
@@ -191,7 +193,7 @@ class Client:
             exchange._end(State.BROKEN)
         return exchange
 
-    async def ask(self, path: str, body: object = None, *, within: float = 30.0, **options: Any) -> Exchange:
+    async def ask(self, path: str, body: object = None, *, within: float = PATIENCE_S, **options: Any) -> Exchange:
         """`send`, and wait for the end."""
         exchange = await self.send(path, body, **options)
         await asyncio.wait_for(exchange.ended, within)

@@ -19,6 +19,7 @@ import msgpack
 import zmq
 
 from broker.types import EngineKind, Instance
+from tests.support.waiting import PATIENCE_S
 
 DATA_HELLO, PING, REQUEST, ABORT = 64, 65, 66, 67
 DATA_WELCOME, PONG, STEP = 80, 81, 82
@@ -147,7 +148,7 @@ class HttpEngine:
         return engine
 
     async def asked(self) -> HttpAsked:
-        return await asyncio.wait_for(self._queue.get(), 10)
+        return await asyncio.wait_for(self._queue.get(), PATIENCE_S)
 
     def die(self) -> None:
         self._server.close()
@@ -217,7 +218,7 @@ class ZmqEngine:
         return cls(context)
 
     async def asked(self) -> ZmqAsked:
-        return await asyncio.wait_for(self._queue.get(), 10)
+        return await asyncio.wait_for(self._queue.get(), PATIENCE_S)
 
     def send(self, route: bytes, frame: bytes, *more: bytes) -> None:
         self._socket.send_multipart([route, frame, *more])

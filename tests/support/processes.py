@@ -5,7 +5,7 @@
         fleet.await_instances(1)
         fleet.kill("frontend-0")
 
-Leaving the block stops everything with SIGTERM and fails if the exit code is not 0, if it takes longer than 20 s, or if
+Leaving the block stops everything with SIGTERM and fails if the exit code is not 0, if it takes for ever, or if
 a process or a byte of shared memory is left. Every process started here, and every one that those start, carries a mark
 in its environment, by which those that are left are found, and only those are killed.
 """
@@ -37,11 +37,11 @@ from broker.config import parse
 from broker.table import LOAD, load_layout
 from shm.segment import Segment
 from tests.support import shmdir
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 MARK = "PENSTOCK_TEST_RUN"
 ROOT = Path(__file__).parents[2]
-STOP_WITHIN = 20.0
+STOP_WITHIN = PATIENCE_S
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -109,7 +109,7 @@ class Engine(Program):
             lines = [line for line in self.output.splitlines() if line.startswith("{")]
             return json.loads(lines[0]) if lines else None
 
-        return until(first_line, lambda: f"{self!r} listens:\n{self.output}", 20.0)
+        return until(first_line, lambda: f"{self!r} listens:\n{self.output}")
 
     @property
     def url(self) -> str:
@@ -127,7 +127,7 @@ class Engine(Program):
         status, body = fetch(self.said["admin"] + "/fault", changes)
         assert status == 200, body
 
-    def await_idle(self, within: float = 10.0) -> None:
+    def await_idle(self, within: float = PATIENCE_S) -> None:
         until(lambda: self.ledger()["idle"], lambda: f"{self!r} idle: {self.ledger()}", within)
 
 
@@ -174,7 +174,7 @@ class Fleet:
             "supervisor", ["-m", *(program if self._instead else ["broker.cli"]), "serve", *self._flags]
         )
         try:
-            until(self._answers, lambda: f"the start of Penstock:\n{self.supervisor.output}", 30.0)
+            until(self._answers, lambda: f"the start of Penstock:\n{self.supervisor.output}")
         except BaseException:
             self._kill_left()
             shutil.rmtree(self.shm_dir, ignore_errors=True)
@@ -207,7 +207,7 @@ class Fleet:
         assert code == 0, f"exit code {code}"
         for engine in self.engines.values():
             engine.await_exit()
-        until(lambda: not self.left(), lambda: f"no process left: {self.left()}", 5.0)
+        until(lambda: not self.left(), lambda: f"no process left: {self.left()}")
         assert list(self.shm_dir.iterdir()) == [], "shared memory is left"
 
     def left(self) -> list[psutil.Process]:
@@ -312,7 +312,7 @@ class Fleet:
     def thaw(self, name: str) -> None:
         self.process(name).resume()
 
-    def await_replaced(self, name: str, pid: int, within: float = 20.0) -> psutil.Process:
+    def await_replaced(self, name: str, pid: int, within: float = PATIENCE_S) -> psutil.Process:
         """Until another process than `pid` has the name."""
 
         def other() -> psutil.Process | None:
@@ -346,7 +346,7 @@ class Fleet:
         """Of all instances together."""
         return sum(instance["in_flight"] for instance in self.instances())
 
-    def await_instances(self, count: int, within: float = 20.0) -> list[dict[str, Any]]:
+    def await_instances(self, count: int, within: float = PATIENCE_S) -> list[dict[str, Any]]:
         """Until exactly that many are registered and ready."""
 
         def ready() -> list[dict[str, Any]]:
@@ -355,7 +355,7 @@ class Fleet:
 
         return until(ready, lambda: f"{count} ready instances; there are {self.instances()}", within)
 
-    def await_idle(self, within: float = 10.0) -> None:
+    def await_idle(self, within: float = PATIENCE_S) -> None:
         """Until nothing is in flight: exactly 0 at every instance."""
         until(
             lambda: all(instance["in_flight"] == 0 for instance in self.instances()),
@@ -364,7 +364,7 @@ class Fleet:
         )
 
 
-def fetch(url: str, body: object = None, *, within: float = 10.0) -> tuple[int, Any]:
+def fetch(url: str, body: object = None, *, within: float = PATIENCE_S) -> tuple[int, Any]:
     """One GET or, with a body (bytes as they are, else as JSON), POST."""
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})

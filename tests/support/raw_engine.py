@@ -84,7 +84,7 @@ class RawEngine:
 
     def _ask(self, router: str) -> dict[str, Any]:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"{router}/endpoints", timeout=5) as answer:
+        with opener.open(f"{router}/endpoints", timeout=60) as answer:
             ways: dict[str, Any] = json.load(answer)
         assert ways["protocol"] == 1
         return ways

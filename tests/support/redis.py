@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.processes import free_port
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 
 def server() -> str:
@@ -76,13 +76,13 @@ class RedisServer:
         """Idempotent."""
         if self.process is not None:
             self.process.terminate()
-            self.process.wait(10)
+            self.process.wait(PATIENCE_S)
             self.process = None
 
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(PATIENCE_S)
         self.process = None
 
     def command(self, *words: str | int | bytes) -> bytes:

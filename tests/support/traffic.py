@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.client import Client, Exchange, State, chat
+from tests.support.waiting import PATIENCE_S
 
 
 class Traffic:
@@ -69,7 +70,7 @@ class Traffic:
         )
 
 
-async def ended(exchanges: Sequence[Exchange], within: float = 30.0) -> None:
+async def ended(exchanges: Sequence[Exchange], within: float = PATIENCE_S) -> None:
     """Until each of them has ended, somehow."""
     await asyncio.wait_for(asyncio.gather(*(exchange.ended for exchange in exchanges)), within)
 

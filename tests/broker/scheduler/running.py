@@ -27,6 +27,7 @@ from broker.prefix import create_prefix, run_layout
 from broker.table import create_table
 from broker.types import Instance, Role
 from broker.view import TableReader
+from tests.support.waiting import PATIENCE_S
 
 
 def settings(**sections: dict[str, object]) -> Config:
@@ -91,7 +92,7 @@ class RunningScheduler:
     def ended(self) -> int:
         """Waits until it has ended; the exit code."""
         assert self.process is not None
-        code = self.process.wait(10)
+        code = self.process.wait(PATIENCE_S)
         self.process = None
         with contextlib.suppress(OSError):
             os.close(self.alive_end)
@@ -116,7 +117,7 @@ class RunningScheduler:
     def dealer(self, name: str, endpoint: str = "") -> zmq.Socket[bytes]:
         socket = self.context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RCVTIMEO, 10_000)
+        socket.setsockopt(zmq.RCVTIMEO, 60_000)
         socket.connect(endpoint or f"ipc://{self.run_dir / name}")
         return socket
 

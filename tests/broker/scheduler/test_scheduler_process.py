@@ -230,7 +230,7 @@ def test_a_native_engine_registered_by_somebody_else_is_asked_who_it_is(running:
         fields = {"role": 0, "host_ip": "127.0.0.1", "port": port, "engine": "native", "models": "m"}
         with running.dealer("control.sock") as client:
             client.send(wire.encode(wire.Register(1, json.dumps(fields).encode())))
-            assert router.poll(10_000)
+            assert router.poll(60_000)
             peer, frame = router.recv_multipart()
             assert isinstance(wire.decode(wire.data_to_engine, frame), wire.DataHello)
             router.send_multipart([peer, wire.encode(wire.DataWelcome(wire.PROTOCOL, b"i" * 16))])

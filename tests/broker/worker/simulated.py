@@ -12,6 +12,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from broker.worker.sim.text import Kind, Words, prompt_of
+from tests.support.waiting import PATIENCE_S
 
 
 class Simulated:
@@ -38,7 +39,7 @@ class Simulated:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(10)
+            self.process.wait(PATIENCE_S)
         finally:
             self.process.kill()
             self.process.wait()
@@ -54,7 +55,7 @@ class Simulated:
     def call(self, path: str, body: object = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
         """One request on a connection of its own. Raises what http.client raises when the answer is not HTTP."""
         parts = urlsplit(self.admin)
-        connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=20)
+        connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=PATIENCE_S)
         try:
             raw = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
             connection.request("GET" if raw is None else "POST", path, raw, headers or {})

@@ -20,6 +20,7 @@ from tests.support import raw_engine, raw_native
 from tests.support.processes import Fleet
 from tests.support.raw_engine import transfer_metadata, words_of
 from tests.support.raw_native import RawFrontend, RawPenstock
+from tests.support.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
 INCARNATION = bytes(range(0x10, 0x20))
@@ -77,7 +78,7 @@ def test_it_says_goodbye_and_ends(penstock: RawPenstock, process: subprocess.Pop
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     penstock.hear(raw_native.ENGINE_GOODBYE)
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE_S) == 0
 
 
 EXAMPLES: dict[str, object] = {

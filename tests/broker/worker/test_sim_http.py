@@ -17,7 +17,7 @@ import pytest
 from broker.worker.sim.engine import EXIT_DIED, answer_id
 from broker.worker.sim.text import prompt_of
 from tests.broker.worker.simulated import Simulated, expected, pipe
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 6}
 TEXT = {"model": "m", "prompt": "Hello there", "max_tokens": 6}
@@ -47,7 +47,7 @@ class Open:
 
     def __init__(self, engine: Simulated, body: object, path: str = "/v1/completions") -> None:
         raw = json.dumps(body).encode()
-        self.socket = socket.create_connection(("127.0.0.1", engine.port), timeout=20)
+        self.socket = socket.create_connection(("127.0.0.1", engine.port), timeout=PATIENCE_S)
         self.socket.sendall(
             f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\nConnection: close\r\n\r\n".encode() + raw
         )
@@ -238,7 +238,7 @@ def test_die_after_sends_that_many_tokens_and_dies(engine: Simulated) -> None:
     answer = Open(engine, {**TEXT, "stream": True}).rest()
     assert answer.count(b'"finish_reason":null') == 2
     assert b"[DONE]" not in answer
-    assert engine.process.wait(10) == EXIT_DIED
+    assert engine.process.wait(PATIENCE_S) == EXIT_DIED
 
 
 def test_a_share_of_requests_is_rejected_and_the_seed_says_which() -> None:
@@ -338,7 +338,7 @@ def test_sigterm_lets_a_short_answer_finish(engine: Simulated) -> None:
     answer.until(b"data: ")
     engine.process.send_signal(signal.SIGTERM)
     assert b"data: [DONE]" in answer.rest()
-    assert engine.process.wait(5) == 0
+    assert engine.process.wait(PATIENCE_S) == 0
 
 
 def test_sigterm_does_not_wait_for_a_long_answer(engine: Simulated) -> None:
@@ -346,7 +346,7 @@ def test_sigterm_does_not_wait_for_a_long_answer(engine: Simulated) -> None:
     answer = Open(engine, {**TEXT, "stream": True})
     answer.until(b"data: ")
     engine.process.send_signal(signal.SIGTERM)
-    assert engine.process.wait(8) == 0
+    assert engine.process.wait(PATIENCE_S) == 0
     answer.rest()
 
 
@@ -357,7 +357,7 @@ def test_with_a_parent_it_ignores_sigint_and_ends_with_the_parent() -> None:
         engine.process.send_signal(signal.SIGINT)
         assert engine.call("/health")[0] == 200
         os.close(write)
-        assert engine.process.wait(8) == 0
+        assert engine.process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from broker.worker.sim.engine import EXIT_DIED
 from tests.broker.worker.simulated import Simulated, expected
 from tests.support import raw_native
 from tests.support.raw_native import RawFrontend, RawPenstock
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 BODY = {"model": "m", "prompt": "Hello there", "max_tokens": 6}
 LONG = {**BODY, "max_tokens": 10_000, "ignore_eos": True}
@@ -149,7 +149,7 @@ def test_silent_metrics_publish_no_load(stack: ExitStack) -> None:
 def test_die_after_kills_it_in_mid_stream(stack: ExitStack) -> None:
     fleet = Fleet(stack, "--die-after", "3")
     fleet.frontend.request(1, BODY)
-    assert fleet.engine.process.wait(10) == EXIT_DIED
+    assert fleet.engine.process.wait(PATIENCE_S) == EXIT_DIED
     received = [delta for delta in fleet.frontend.received() if delta[2] == raw_native.CHUNK]
     assert [delta[1] for delta in received] == [0, 1, 2]
 
@@ -161,7 +161,7 @@ def test_sigterm_says_goodbye_and_finishes(stack: ExitStack) -> None:
     fleet.engine.process.send_signal(signal.SIGTERM)
     fleet.penstock.hear(raw_native.ENGINE_GOODBYE)
     assert fleet.frontend.answer(1)[0] == 200
-    assert fleet.engine.process.wait(5) == 0
+    assert fleet.engine.process.wait(PATIENCE_S) == 0
 
 
 # -- prefill and decode ----------------------------------------------------------------------------------------
@@ -195,4 +195,4 @@ def test_a_request_held_by_a_hang_is_told_when_the_engine_ends(stack: ExitStack)
 
     delta = until(error, "the hung request ends")
     assert delta[4] == 503
-    assert fleet.engine.process.wait(5) == 0
+    assert fleet.engine.process.wait(PATIENCE_S) == 0

@@ -19,7 +19,7 @@ from broker.worker import EngineError, Finish, Request
 from tests.broker.worker.serving import Served
 from tests.support import raw_native
 from tests.support.raw_native import RawFrontend, RawPenstock
-from tests.support.waiting import eventually, until
+from tests.support.waiting import PATIENCE_S, eventually, until
 
 
 @pytest.fixture
@@ -518,7 +518,7 @@ def test_ten_lines_are_an_engine_and_sigterm_ends_it(penstock: RawPenstock) -> N
             frontend.request(1, {"prompt": "one two"}, stream=False)
             assert json.loads(frontend.answer(1)[1])["choices"][0]["text"] == "one two "
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(PATIENCE_S) == 0
 
 
 def test_the_sdk_needs_nothing_but_pyzmq_and_msgspec() -> None:

@@ -18,7 +18,7 @@ from frontend.upstream.http import HttpUpstream, request_head
 from frontend.upstream.http_response import ResponseReader
 from tests.support.fake_engines import HttpAsked, HttpEngine
 from tests.support.sinks import RecordingSink
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 DONE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -52,7 +52,7 @@ def post(upstream: HttpUpstream, instance: Instance, body: bytes = b"{}", method
 
 
 async def ended(sink: RecordingSink) -> RecordingSink:
-    await asyncio.wait_for(sink.ended.wait(), 10)
+    await asyncio.wait_for(sink.ended.wait(), PATIENCE_S)
     sink.check()
     return sink
 
@@ -118,7 +118,7 @@ def test_idle_connection_that_speaks_is_closed() -> None:
         engine.on_request = answer
         await ended(post(upstream, engine.instance))
         engine.connections[0].raw(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
-        await asyncio.wait_for(engine.connections[0].aborted.wait(), 10)
+        await asyncio.wait_for(engine.connections[0].aborted.wait(), PATIENCE_S)
         sink = await ended(post(upstream, engine.instance))
         assert (sink.status, [c.count for c in engine.connections]) == (200, [1, 1])
 
@@ -144,7 +144,7 @@ def test_idle_connections_are_closed_after_a_while() -> None:
         engine.on_request = answer
         await asyncio.gather(*(ended(post(upstream, engine.instance)) for _ in range(3)))
         for connection in engine.connections:
-            await asyncio.wait_for(connection.aborted.wait(), 10)
+            await asyncio.wait_for(connection.aborted.wait(), PATIENCE_S)
         await eventually(lambda: upstream._pools[engine.instance.url].is_empty, upstream)
 
     play(scene, idle_s=0.05)
@@ -157,11 +157,11 @@ def test_forget_closes_idle_connections_and_lets_answers_end() -> None:
         first.raw(DONE)
         await eventually(lambda: idle.ended.is_set() or busy.ended.is_set(), (idle, busy))
         upstream.forget(engine.instance.url)
-        await asyncio.wait_for(first.aborted.wait(), 10)
+        await asyncio.wait_for(first.aborted.wait(), PATIENCE_S)
         second.raw(DONE)
         await ended(idle)
         await ended(busy)
-        await asyncio.wait_for(second.aborted.wait(), 10)
+        await asyncio.wait_for(second.aborted.wait(), PATIENCE_S)
         assert (idle.body, busy.body) == (b"ok", b"ok")
 
     play(scene)
@@ -251,7 +251,7 @@ def test_aborted_exchange_leaves_no_reader_to_the_collector() -> None:
             asked.chunk(b"data: x\n\n")
             await eventually(lambda sink=sink: sink.body, "a first byte")
             sink.leave()
-            await asyncio.wait_for(asked.aborted.wait(), 10)
+            await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
         del sink
         await eventually(lambda: readers() == before, readers)
 
@@ -427,6 +427,6 @@ def test_head_request_has_no_body_and_its_connection_is_not_kept() -> None:
         engine.on_request = lambda asked: asked.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
         sink = await ended(post(upstream, engine.instance, b"", "HEAD"))
         assert (sink.events, sink.header(b"content-length")) == (["start", "finish"], b"5")
-        await asyncio.wait_for(engine.connections[0].aborted.wait(), 10)
+        await asyncio.wait_for(engine.connections[0].aborted.wait(), PATIENCE_S)
 
     play(scene)

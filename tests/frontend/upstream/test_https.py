@@ -18,6 +18,7 @@ from frontend.upstream.base import UpstreamRequest
 from frontend.upstream.http import HttpUpstream
 from frontend.upstream.http_pool import trusted
 from tests.support.sinks import RecordingSink
+from tests.support.waiting import PATIENCE_S
 
 FILES = pathlib.Path(__file__).parents[2] / "fixtures" / "tls"
 ANSWER = b'HTTP/1.1 200 OK\r\nContent-Length: 19\r\n\r\n{"input_ids":[7,8]}'
@@ -63,7 +64,7 @@ def play(scene: Callable[[HttpUpstream, str], Awaitable[None]]) -> None:
 async def ask(upstream: HttpUpstream, url: str) -> RecordingSink:
     sink = RecordingSink()
     sink.call = upstream.open(Instance(url=url), UpstreamRequest(path="/p", headers=[], body=b"{}"), sink)
-    await asyncio.wait_for(sink.ended.wait(), 10)
+    await asyncio.wait_for(sink.ended.wait(), PATIENCE_S)
     sink.check()
     return sink
 

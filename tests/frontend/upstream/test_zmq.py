@@ -20,7 +20,7 @@ from frontend.upstream.base import Headers, UpstreamRequest
 from frontend.upstream.zmq import BATCH, ZmqUpstream
 from tests.support.fake_engines import CHUNK, DATA_HELLO, DATA_WELCOME, DONE, ERROR, PONG, REQUEST, ZmqAsked, ZmqEngine
 from tests.support.sinks import RecordingSink
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 Scene = Callable[[ZmqUpstream, ZmqEngine], Awaitable[None]]
 
@@ -56,7 +56,7 @@ def post(
 
 
 async def ended(sink: RecordingSink) -> RecordingSink:
-    await asyncio.wait_for(sink.ended.wait(), 10)
+    await asyncio.wait_for(sink.ended.wait(), PATIENCE_S)
     sink.check()
     return sink
 
@@ -142,7 +142,7 @@ def test_unusable_delta_ends_its_call_alone_and_the_engine_is_told(
         assert broken.body == b"a"
         assert isinstance(broken.error, UpstreamBroken)
         assert what in broken.error.message
-        await asyncio.wait_for(first.aborted.wait(), 10)
+        await asyncio.wait_for(first.aborted.wait(), PATIENCE_S)
         assert (await ended(fine)).body == b"b"
 
     play(scene)
@@ -376,7 +376,7 @@ def test_aborts_of_one_turn_are_one_message() -> None:
         for sink in sinks:
             sink.leave()
         for one in asked:
-            await asyncio.wait_for(one.aborted.wait(), 10)
+            await asyncio.wait_for(one.aborted.wait(), PATIENCE_S)
         assert [m for m in engine.heard if m[0] == 67] == [[67, [1, 2, 3, 4, 5]]]
 
     play(scene)
@@ -401,7 +401,7 @@ def test_abort_that_an_engine_did_not_take_is_said_again_before_the_next_beat(mo
         with monkeypatch.context() as patch:
             patch.setattr(peers, "socket", AtItsMark())
             sink.leave()
-            await asyncio.wait_for(asked.aborted.wait(), 10)
+            await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
 
     play(scene)
 
