@@ -16,7 +16,7 @@ from broker.scheduler.asking import Asking, Question
 from broker.scheduler.collect import Answer, Collector
 from broker.scheduler.registry import Registry
 from broker.types import EngineKind, Instance, Role
-from tests.broker.scheduler.test_registry import FakeTable
+from tests.broker.scheduler.world import FakeTable
 
 BODY = b'{ "req_ids": ["a", "b", "c"] }'
 

@@ -17,7 +17,7 @@ from broker.scheduler.tally import Tally
 from broker.types import Connector, EngineKind, Role
 from tests.broker.scheduler.fake_engine import FakeEngine, vllm
 from tests.broker.scheduler.running import scheduler, settings
-from tests.broker.scheduler.test_registry import FakeTable
+from tests.broker.scheduler.world import FakeTable
 from tests.support.processes import free_port
 from tests.support.waiting import until
 

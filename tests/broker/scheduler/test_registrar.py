@@ -16,7 +16,7 @@ from broker.scheduler.registry import Registry
 from broker.scheduler.tally import Tally
 from broker.table import SchedulerEvent
 from broker.types import EngineKind, Instance
-from tests.broker.scheduler.test_registry import FakeTable
+from tests.broker.scheduler.world import FakeTable
 
 
 class FakeCollector:
