@@ -7,12 +7,12 @@ TWINS  := $(wildcard shm/*/*.c broker/*/*.c)
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format bench bench-peers stress cluster-demo chaos e2e-vllm lock clean
+.PHONY: help install compiled run test check format bench bench-peers stress cluster-demo chaos e2e-vllm lock clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## create .venv from the lock
+install: $(STAMP) compiled ## create .venv from the lock, and compile what is compiled
 
 $(STAMP): requirements.lock pyproject.toml setup.py $(TWINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,7 +20,10 @@ $(STAMP): requirements.lock pyproject.toml setup.py $(TWINS)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-run: $(STAMP) ## start Penstock; ARGS="--port 30000 --config_path config.yaml", simulated engines when none is configured
+compiled: $(STAMP) ## compile the request path, if the sources are not those of the last time; PENSTOCK_COMPILED=0: never
+	@$(BIN)/python tools/compiled.py
+
+run: compiled ## start Penstock; ARGS="--port 30000 --config_path config.yaml", simulated engines when none is configured
 	@exec $(BIN)/penstock serve --sim auto $(ARGS)
 
 test: $(STAMP) ## the default test suite, on two cores
@@ -40,7 +43,7 @@ bench: $(STAMP) ## benchmarks of the pieces and of the whole; table on screen, J
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -m '' --timeout=600 --benchmark-json=benchmarks/results/bench.json $(ARGS)
 
-bench-peers: $(STAMP) ## Penstock beside other routers; ROUNDS=5 ONLY=.. SCENARIOS=.. MODES=pinned,free FD_ROUTER=path
+bench-peers: compiled ## Penstock beside other routers; ROUNDS=5 ONLY=.. SCENARIOS=.. MODES=pinned,free FD_ROUTER=path
 	@ROUNDS="$(ROUNDS)" ONLY="$(ONLY)" SCENARIOS="$(SCENARIOS)" MODES="$(MODES)" FD_ROUTER="$(FD_ROUTER)" \
 	  $(BIN)/python -m benchmarks.peers $(ARGS)
 

@@ -1,11 +1,94 @@
-"""The compiled twins of a few hot functions; all else is in pyproject.toml. Without a compiler there are none, and
-everything works (`shm/compiled.py`)."""
+"""What is compiled; all else is in pyproject.toml. Without a compiler nothing is, and everything works.
+
+* A few functions have twins in C beside them (`shm/compiled.py`).
+* The request path itself: mypyc makes extension modules of the very source that is run without them. Only wheels have
+  them: an extension module hides the source beside it, and who edits the source must not run what it was before.
+
+`PENSTOCK_COMPILED=0` builds a wheel without the latter. What it buys: docs/performance.md, section 6.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, PlatformError
+
+REQUEST_PATH = (
+    "shm/cells.py",
+    "shm/fence.py",
+    "shm/seqlock.py",
+    "broker/batched.py",
+    "broker/candidates.py",
+    "broker/counters.py",
+    "broker/lease.py",
+    "broker/narrator.py",
+    "broker/saturation.py",
+    "broker/vectors.py",
+    "broker/view.py",
+    "broker/policies/request_num.py",
+    "broker/policies/round_robin.py",
+    "frontend/account.py",
+    "frontend/admission.py",
+    "frontend/api.py",
+    "frontend/breaker.py",
+    "frontend/dispatch.py",
+    "frontend/forward.py",
+    "frontend/forwarder.py",
+    "frontend/headers.py",
+    "frontend/idle.py",
+    "frontend/known_heads.py",
+    "frontend/lean.py",
+    "frontend/receiving.py",
+    "frontend/request_head.py",
+    "frontend/upstream/http.py",
+    "frontend/upstream/http_chunk.py",
+    "frontend/upstream/http_connection.py",
+    "frontend/upstream/http_pool.py",
+    "frontend/upstream/http_response.py",
+)
+"""Plain classes and functions. What inherits from a class of another library (`msgspec.Struct`, uvicorn's protocol)
+gains nothing, and msgspec cannot read what mypyc makes of annotations: such classes live in other modules."""
+
+
+def request_path() -> list[Extension]:
+    """mypyc's extensions: one library, and a small module for each source that leads to it."""
+    if "bdist_wheel" not in sys.argv or os.environ.get("PENSTOCK_COMPILED") == "0":
+        return []
+    try:
+        from mypyc.build import mypycify
+    except ImportError:
+        print("no mypy: the request path is not compiled")
+        return []
+    # Types were checked before (`make check`), and not every library is there while a wheel is built.
+    options = ["--config-file=", "--ignore-missing-imports", "--python-version=3.11"]
+    return list(mypycify([*options, *REQUEST_PATH], opt_level="3", debug_level="0", group_name="penstock"))
+
+
+class Build(build_ext):
+    """The request path as a whole or not at all: each of its modules needs the library that comes first."""
+
+    def build_extensions(self) -> None:
+        alone = [extension for extension in self.extensions if extension.optional]
+        path = [extension for extension in self.extensions if not extension.optional]
+        self.extensions = alone
+        super().build_extensions()
+        self.extensions = path
+        try:
+            super().build_extensions()
+        except (CCompilerError, ExecError, PlatformError) as error:
+            self.warn(f"the request path is not compiled: {error}")
+            path = []
+        self.extensions = [*alone, *path]
+
 
 setup(
     ext_modules=[
         Extension("shm.hashtable._table", ["shm/hashtable/_table.c"], optional=True),
         Extension("broker.prefix._keys", ["broker/prefix/_keys.c"], optional=True),
-    ]
+        *request_path(),
+    ],
+    cmdclass={"build_ext": Build},
 )

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from broker import lease
 from broker.config import Config
 
 
 def version() -> str:
     return importlib.metadata.version("penstock")
+
+
+def is_compiled() -> bool:
+    """Whether the request path is: all of it or nothing (setup.py)."""
+    return str(lease.__file__).endswith(tuple(EXTENSION_SUFFIXES))
 
 
 def url(settings: Config) -> str:
@@ -42,7 +49,7 @@ def text(settings: Config, run_dir: Path, simulated: int) -> str:
     lines = [
         f"Penstock {version()}{name}",
         f"  listening on   {_url(server.host, server.port)}",
-        f"  frontends      {server.workers}",
+        f"  frontends      {server.workers}, {'compiled' if is_compiled() else 'not compiled'}",
         f"  policy         {policy}",
         f"  instances      {engines}",
         f"  shared memory  {run_dir}   (look inside: python -m shm {run_dir})",

@@ -61,7 +61,8 @@ class Child:
         self.ready, self.start_at, self.started_at = False, None, now
         self._ready_fd, theirs = os.pipe()
         try:
-            arguments = [sys.executable, *self._command(self.life, theirs)]
+            # -P: a folder `frontend` where Penstock was started is not ours.
+            arguments = [sys.executable, "-P", *self._command(self.life, theirs)]
             fds = (*inherited, theirs)
             self.process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=self._stdout, pass_fds=fds)
         except OSError:
