@@ -115,7 +115,7 @@ async def serve(
         stack.callback(context.term)
         http = HttpUpstream(config)
         dropped = partial(counters.count, TotalColumn.FRAMES_DROPPED)
-        native = ZmqUpstream(context, config, on_drop=dropped)
+        native = ZmqUpstream(config, on_drop=dropped)
         stack.callback(native.close)
         stack.callback(http.close)
 

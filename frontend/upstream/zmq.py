@@ -1,11 +1,12 @@
-"""The native transport: requests to native engines and their answers, over one ROUTER socket (docs/wire.md).
+"""The native transport: requests to native engines and their answers (docs/wire.md).
 
-open -> DataHello (first use), Request + body      sent at once
-FD readable -> drain a batch: Step -> calls -> one write per client
+open -> DataHello (first use), Request + body      sent at the end of the turn
+bytes -> messages, a batch -> Step -> calls        and at its end one write per client
 
-zmq.py            this: what is sent and heard
+zmq.py            this: what is said and heard
 zmq_peers.py      the connections
-zmq_monitor.py    tells when one broke
+zmq_address.py    where they lead
+zmtp.py           ZeroMQ's protocol on them                                pure
 zmq_call.py       one request at one engine                                pure
 """
 
@@ -16,10 +17,9 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import msgspec
-import zmq
 
 from broker import wire
 from broker.config import Config
@@ -34,16 +34,13 @@ from broker.errors import (
 from broker.types import Instance
 from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, UpstreamRequest
 from frontend.upstream.zmq_call import JSON, ZmqCall
-from frontend.upstream.zmq_peers import MAX_MESSAGE_BYTES, Peer, Peers
+from frontend.upstream.zmq_peers import Peer, Peers
+from frontend.upstream.zmtp import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 
 BATCH = 256
-"""Messages read in one turn of the loop; clients' sockets get their turn in between."""
-
-# Plain ints: pyzmq's enums cost several per cent of a request in flag arithmetic.
-_EVENTS, _POLLIN, _RCVMORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
-_NOBLOCK = int(zmq.NOBLOCK)
+"""Messages of one engine understood in one turn of the loop; clients' sockets get their turn in between."""
 
 _NOT_SENT = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding"}
 """Headers that mean nothing to an engine which reads the body from a frame and never compresses."""
@@ -57,38 +54,29 @@ class Dropped:
 
     malformed: int = 0
     foreign_incarnation: int = 0
-    unknown_peer: int = 0
 
 
 class ZmqUpstream:
     """`Upstream` for native engines. Create it on the running loop that it will live on."""
 
-    def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        config: Config,
-        *,
-        batch: int = BATCH,
-        on_drop: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`context`: the process's only one; its owner ends it after `close`. `on_drop` counts each frame not used."""
+    def __init__(self, config: Config, *, batch: int = BATCH, on_drop: Callable[[], None] = lambda: None) -> None:
+        """`on_drop` counts each message not used."""
         self.dropped = Dropped()
         self._on_drop = on_drop
         self._bound = config.upstream.stream_buffer_bytes
         self._batch = batch
         self._loop = asyncio.get_running_loop()
-        self._peers = Peers(context, self, config.timeouts.connect_secs, self._loop)
-        self._socket = self._peers.socket
+        self._peers = Peers(self, config.timeouts.connect_secs, self._loop)
         self._calls: dict[int, ZmqCall] = {}
         """Every call that has not heard its end, paused ones included."""
         self._ready: deque[ZmqCall] = deque()
         """Calls with something to deliver at the end of the turn."""
+        self._unread: list[Peer] = []
+        """Engines that sent more than a batch; nothing more is read of them until it is understood."""
         self.whole = AnswerHead([*JSON, (b"content-length", b"")])
         self._next_id = 0
         self._turn_due = False
         self._closed = False
-        self._fd = int(self._socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self.turn_soon)  # one turn for what engines and clients bring at once
 
     def __repr__(self) -> str:
         return f"<ZmqUpstream peers={len(self._peers)} calls={len(self._calls)} dropped={self.dropped}>"
@@ -107,7 +95,7 @@ class ZmqUpstream:
         except PenstockError as e:
             call.fail(e)
             self.deliver_soon(call)
-        self.turn_soon()  # the send may have used up the FD's signal of a message to read
+        self.turn_soon()
         return call
 
     def see(self, instances: Iterable[Instance]) -> None:
@@ -133,9 +121,9 @@ class ZmqUpstream:
         if self._closed:
             return
         self._closed = True
-        self._loop.remove_reader(self._fd)
         self._peers.close()
         self._ready.clear()
+        self._unread.clear()
         calls = list(self._calls.values())
         self._calls.clear()
         for call in calls:
@@ -150,7 +138,7 @@ class ZmqUpstream:
 
     def abort(self, call: ZmqCall) -> None:
         peer = call.peer
-        if isinstance(peer, Peer) and peer.routing_id in self._peers.by_route:
+        if isinstance(peer, Peer) and not peer.is_lost:
             peer.aborts.append(call.id)
             self._peers.aborting.add(peer)
             self.turn_soon()
@@ -159,6 +147,16 @@ class ZmqUpstream:
         self._calls.pop(call.id, None)
 
     # -- what connections report ---------------------------------------------------------------------------
+
+    def heard(self, peer: Peer, data: bytes) -> None:
+        peer.heard_at = self._loop.time()
+        peer.reader.feed(data)
+        self._read(peer)
+        self.turn_soon()
+
+    def broke(self, peer: Peer) -> None:
+        if peer not in self._unread:
+            self._peers.lose(peer, f"the connection to {peer.url} broke")
 
     def lost(self, peer: Peer, error: PenstockError) -> None:
         """Its calls hear of it in a later turn: whoever is calling may be one of them."""
@@ -177,58 +175,55 @@ class ZmqUpstream:
             self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        """Reads a batch, tells the clients, sends the aborts.
-
-        The FD signals edges, and any call on the socket may use a signal up: so EVENTS is looked at until it
-        says that there is nothing more, and again after a turn that sent something or stopped at its limit.
-        """
+        """Tells the clients what has come, and the engines what there is to say."""
         self._turn_due = False
-        ready = self._ready
+        ready, unread = self._ready, self._unread
         whole = False
+        if unread:
+            self._unread = []
+            for peer in unread:
+                self._read(peer, was_paused=True)
         try:
-            if not self._closed:
-                self._read()
             for _ in range(len(ready)):
                 ready.popleft().deliver()
             whole = True
-        finally:  # a bug in one client's sink must not keep the others' bytes back, nor what is still unread
-            if ready or not whole:
+        finally:  # a bug in one client's sink must not keep the others' bytes back
+            if ready or self._unread or not whole:
                 self.turn_soon()
         if self._peers.aborting:
             self._peers.say_aborts()
+        if self._peers.unsent:
+            self._peers.flush()
 
-    def _read(self) -> None:
-        socket = self._socket
-        recv = socket.recv
-        get = cast("Callable[[int], int]", socket.getsockopt)
-        now = self._loop.time()
+    def _read(self, peer: Peer, *, was_paused: bool = False) -> None:
+        """A batch of what an engine has sent."""
+        reader = peer.reader
         for _ in range(self._batch):
-            if not get(_EVENTS) & _POLLIN:
-                break
-            route = recv(_NOBLOCK)
-            frame = recv(_NOBLOCK)
-            whole = True
-            while get(_RCVMORE):
-                recv(_NOBLOCK)
-                whole = False
-            peer = self._peers.by_route.get(route)
-            if peer is None:
-                self.dropped.unknown_peer += 1
-                self._on_drop()
-                continue
-            peer.heard_at = now
             try:
-                if not whole:
-                    raise WireError("more than one frame")
-                self._understand(peer, frame)
+                message = reader.next()
+                if message is None:
+                    break
+                self._understand(peer, message)
             except WireError as e:
                 self.dropped.malformed += 1
                 self._on_drop()
                 self._complain(peer, e)
+            except UpstreamBroken as e:
+                self._peers.lose(peer, f"{peer.url}: {e.message}")
+                return
         else:
-            self.turn_soon()
+            if not peer.is_lost:
+                self._unread.append(peer)
+                if not was_paused:
+                    peer.pause_reading()
             return
-        self._peers.lose_broken()
+        if reader.replies:
+            peer.send(*reader.replies)
+            reader.replies.clear()
+        if peer.is_broken:
+            self.broke(peer)
+        elif was_paused:
+            peer.resume_reading()
 
     def _understand(self, peer: Peer, frame: bytes) -> None:
         """One message of an engine. Raises `WireError` for what is none."""

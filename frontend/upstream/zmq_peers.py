@@ -1,64 +1,163 @@
-"""The connections of the one ROUTER socket: each to one life of one engine.
+"""The connections to native engines: each to one life of one engine.
 
-A connection is a life: it is made once, under routing ids of its own, and never silently made again, because
-what was sent or on its way when it broke is lost, and a request lost without a word would wait for ever. libzmq's
-own reconnecting is put off for weeks; a `Monitor` tells when a connection broke, silence when it only seems to live.
+A connection is a life: it is made once, under a name of its own, and never silently made again, because what was sent
+or on its way when it broke is lost, and a request lost without a word would wait for ever.
+
+They are sockets of the event loop that speak ZeroMQ's own protocol (zmtp.py). Through libzmq, every message that is
+sent to a thread at rest wakes its I/O thread, which takes the core from us for one message, and every look at its
+socket is a system call or two: 23 of the 73 us of an unstreamed request. Here those of one turn are one write, and
+what an engine has sent meanwhile is one read (`make bench-peers`, ns32).
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import secrets
-from dataclasses import dataclass, field
-from typing import Protocol
-
-import zmq
+from typing import Protocol, cast
 
 from broker import wire
 from broker.errors import ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
 from broker.types import Instance
-from frontend.upstream.zmq_monitor import Monitor
+from frontend.upstream import zmtp
+from frontend.upstream.zmq_address import Address
 
-MARK = 4096
-"""Messages queued to or from one engine. At the mark a request is refused (EAGAIN), never dropped."""
-MAX_MESSAGE_BYTES = 128 * 1024 * 1024
-AGAIN_S = 0.01
-"""When an engine at its mark is told of its aborts again. Not in the next turn: that would loop without pause."""
-
-# Plain ints: pyzmq's enums cost several per cent of a request in flag arithmetic.
-_NOBLOCK = int(zmq.NOBLOCK)
-_NOBLOCK_MORE = _NOBLOCK | int(zmq.SNDMORE)
-
-_send = zmq.backend.Socket.send
-"""What `zmq.Socket.send` calls when it has looked at its options: half the price."""
+MARK_BYTES = 16 * 1024 * 1024
+"""Queued to one engine that does not read. Beyond it a request is refused, never dropped."""
 
 
-@dataclass(slots=True, eq=False)
-class Peer:
-    """One connection to one life of an engine."""
+class Peer(asyncio.Protocol):
+    """One connection to one life of an engine. What is sent waits for the end of the turn, and until it is open."""
 
-    url: str
-    endpoint: str
-    """The URL as libzmq names it in events."""
-    incarnation: bytes
-    routing_id: bytes
-    connected_at: float
-    heard_at: float
-    welcomed: bool = False
-    retired: bool = False
-    """Removed; kept for the calls still open there."""
-    complained: bool = False
-    """One of its frames was dropped, and the log has said so."""
-    aborts: list[int] = field(default_factory=list)
-    """Requests it need not go on with; told together at the end of the turn."""
+    __slots__ = (
+        "_connecting",
+        "_is_stuck",
+        "_owner",
+        "_peers",
+        "_transport",
+        "_unsent",
+        "_unsent_bytes",
+        "aborts",
+        "complained",
+        "connected_at",
+        "heard_at",
+        "incarnation",
+        "is_broken",
+        "is_lost",
+        "reader",
+        "retired",
+        "url",
+        "welcomed",
+    )
+
+    def __init__(self, url: str, incarnation: bytes, now: float, owner: Owner, peers: Peers) -> None:
+        self.url = url
+        self.incarnation = incarnation
+        self.connected_at = self.heard_at = now
+        self.reader = zmtp.Reader()
+        self.welcomed = False
+        self.retired = False
+        """Removed; kept for the calls still open there."""
+        self.complained = False
+        """One of its frames was dropped, and the log has said so."""
+        self.is_broken = False
+        """Nothing more comes; what has come may still be unread."""
+        self.is_lost = False
+        self.aborts: list[int] = []
+        """Requests it need not go on with; told together at the end of the turn."""
+        self._owner = owner
+        self._peers = peers
+        self._transport: asyncio.Transport | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._unsent: list[bytes] = []
+        self._unsent_bytes = 0
+        self._is_stuck = False
+
+    @property
+    def is_full(self) -> bool:
+        """It takes no more now."""
+        return self._is_stuck or self._unsent_bytes > MARK_BYTES
+
+    def connect(self, address: Address, loop: asyncio.AbstractEventLoop) -> None:
+        self._connecting = loop.create_task(self._connect(address, loop))
+
+    async def _connect(self, address: Address, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            await address.connect(loop, lambda: self)
+        except OSError as e:
+            self._peers.lose(self, f"cannot connect to {self.url}: {e}")
+
+    def send(self, *pieces: bytes) -> None:
+        """Frames, each behind its `zmtp.head`."""
+        if not self._unsent:
+            self._peers.unsent.append(self)
+        self._unsent += pieces
+        self._unsent_bytes += sum(map(len, pieces))
+
+    def flush(self) -> bool:
+        """Writes what was sent; False: not yet."""
+        transport = self._transport
+        if self.is_lost:
+            return True
+        if transport is None or not self.reader.is_open:
+            return False
+        if not transport.is_closing():  # `connection_lost` follows
+            transport.write(b"".join(self._unsent))
+        self._unsent, self._unsent_bytes = [], 0
+        return True
+
+    def pause_reading(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def end(self) -> None:
+        """Whatever is on its way is lost."""
+        self.is_lost = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- the transport's callbacks -----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+        if self.is_lost:
+            transport.abort()
+            return
+        transport.set_write_buffer_limits(high=MARK_BYTES)
+        # Our name is new: an engine need not know that an old connection is dead to take this one.
+        transport.write(zmtp.GREETING + zmtp.ready(b"F" + secrets.token_bytes(15)))
+
+    def data_received(self, data: bytes) -> None:
+        self._owner.heard(self, data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_broken = True
+        self._owner.broke(self)
+
+    def pause_writing(self) -> None:
+        self._is_stuck = True
+
+    def resume_writing(self) -> None:
+        self._is_stuck = False
+        self._owner.turn_soon()  # there may be aborts to say
 
 
 class Owner(Protocol):
     """What the connections ask of the transport."""
 
     def turn_soon(self) -> None:
-        """The socket was used, which may have used up its FD's signal: look at it again."""
+        """Says in a later turn of the loop what there is to say."""
+
+    def heard(self, peer: Peer, data: bytes) -> None:
+        """Bytes have come."""
+
+    def broke(self, peer: Peer) -> None:
+        """Nothing more will come. It is to be lost as soon as all that came has been read."""
 
     def lost(self, peer: Peer, error: PenstockError) -> None:
         """Nothing more is heard of this peer. Whoever is calling may be one of its calls."""
@@ -68,45 +167,33 @@ class Owner(Protocol):
 
 
 class Peers:
-    """Owns the socket, its monitor and every connection. Used on the loop's thread alone."""
+    """Owns every connection. Used on the loop's thread alone."""
 
-    def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        owner: Owner,
-        connect_s: float,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        self.socket = _router(context)
+    def __init__(self, owner: Owner, connect_s: float, loop: asyncio.AbstractEventLoop) -> None:
         self.epoch = 0
         """The scheduler's, as told in DataHello."""
-        self.by_route: dict[bytes, Peer] = {}
         self.aborting: set[Peer] = set()
         """Those with `aborts`."""
+        self.unsent: list[Peer] = []
+        """Those with something to write."""
         self._by_url: dict[str, Peer] = {}
         """One life at a time is believed to be at an endpoint."""
         self._owner = owner
         self._connect_s = connect_s
         self._loop = loop
-        self._lives = 0
-        self._broken: list[Peer] = []
-        self._monitor = Monitor(self.socket, loop, self._broke)
         self._last_beat = loop.time()
         self._beat_timer = loop.call_later(wire.BEAT_S, self._beat)
-        self._again_timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._by_url)
 
     def close(self) -> None:
         self._beat_timer.cancel()
-        if self._again_timer is not None:
-            self._again_timer.cancel()
-        self._monitor.close()
-        self.socket.close(linger=0)
+        for peer in self._by_url.values():
+            peer.end()
         self._by_url.clear()
-        self.by_route.clear()
         self.aborting.clear()
+        self.unsent.clear()
 
     # -- making and ending -------------------------------------------------------------------------------------
 
@@ -120,48 +207,22 @@ class Peers:
             self.lose(peer, f"another life of the engine is at {peer.url}")
         if len(instance.incarnation) != wire.INCARNATION_BYTES:
             raise ConnectFailed(f"{instance.url} is registered without an incarnation")
-        self._lives += 1
-        # The number makes it a name that this socket never had: libzmq ends the process when a routing id is
-        # given twice, and that of a connection just ended lives on until its I/O thread has taken leave.
-        route = instance.incarnation + self._lives.to_bytes(4, "big")
-        socket = self.socket
-        # Our own name is new, too: an engine need not know that the old connection is dead to take a new one.
-        socket.setsockopt(zmq.ROUTING_ID, b"F" + secrets.token_bytes(15))
-        socket.setsockopt(zmq.CONNECT_ROUTING_ID, route)
-        try:
-            socket.connect(instance.url)
-        except zmq.ZMQError as e:
-            raise ConnectFailed(f"cannot connect to {instance.url}: {e}") from e
-        endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
-        assert isinstance(endpoint, bytes)
-        now = self._loop.time()
-        peer = Peer(instance.url, endpoint.rstrip(b"\0").decode(), instance.incarnation, route, now, now)
+        address = Address(instance.url)
+        peer = Peer(instance.url, instance.incarnation, self._loop.time(), self._owner, self)
         self._by_url[instance.url] = peer
-        self.by_route[route] = peer
         self.say(peer, wire.DataHello(wire.PROTOCOL, self.epoch))
+        peer.connect(address, self._loop)
         return peer
 
     def lose(self, peer: Peer, why: str) -> None:
         """Ends a connection. Idempotent."""
-        if self.by_route.pop(peer.routing_id, None) is None:
+        if peer.is_lost:
             return
+        peer.end()
         del self._by_url[peer.url]
         self.aborting.discard(peer)
-        self._monitor.forget(peer.endpoint)
-        try:
-            self.socket.disconnect(peer.url)
-        except zmq.ZMQError as e:
-            if e.errno != errno.ENOENT:  # libzmq has ended it already: the handshake failed
-                raise
         broken = "the connection to the engine broke"
         self._owner.lost(peer, UpstreamBroken(why, public=broken) if peer.welcomed else ConnectFailed(why))
-
-    def lose_broken(self) -> None:
-        """Ends those that the monitor has told of; to be called when all that they had sent has been read."""
-        if self._broken:
-            broken, self._broken = self._broken, []
-            for peer in broken:
-                self.lose(peer, f"the connection to {peer.url} broke")
 
     def retire(self, incarnation: bytes) -> None:
         """That life of an engine was removed: answers under way go on, then its connection is ended."""
@@ -172,16 +233,12 @@ class Peers:
     def resync(self, epoch: int) -> None:
         """A new scheduler: every engine is told, so that it registers there."""
         self.epoch = epoch
-        for peer in list(self._by_url.values()):
+        for peer in self._by_url.values():
             self.say(peer, wire.DataHello(wire.PROTOCOL, epoch))
 
     def _end_if_idle(self, peer: Peer) -> None:
         if not self._owner.is_used(peer):
             self.lose(peer, f"{peer.url} was removed")
-
-    def _broke(self, endpoint: str) -> None:
-        self._broken += [p for p in self._by_url.values() if p.endpoint == endpoint]
-        self._owner.turn_soon()
 
     def _beat(self) -> None:
         now = self._loop.time()
@@ -206,59 +263,30 @@ class Peers:
     # -- saying ------------------------------------------------------------------------------------------------
 
     def ask(self, peer: Peer, head: bytes, body: bytes) -> None:
-        """A request. Raises, and then nothing was sent."""
-        socket = self.socket
-        try:
-            _send(socket, peer.routing_id, _NOBLOCK_MORE)  # fails here or not at all: a message is taken whole
-        except zmq.Again as e:
-            raise EngineSaturated(f"{peer.url} takes no more messages now") from e
-        except zmq.ZMQError as e:
-            self.lose(peer, f"the connection to {peer.url} broke")
-            raise ConnectFailed(f"{peer.url} cannot be reached: {e}") from e
-        _send(socket, head, _NOBLOCK_MORE)
-        _send(socket, body, _NOBLOCK, False)  # copied all the same below pyzmq's threshold
+        """A request; it goes out at the end of the turn. Raises, and then nothing is sent."""
+        if peer.is_full:
+            raise EngineSaturated(f"{peer.url} takes no more messages now")
+        peer.send(zmtp.head(len(head), more=True), head, zmtp.head(len(body)), body)
 
     def say(self, peer: Peer, message: wire.FrontendToEngine) -> None:
-        """A message that may be lost at a mark, because it is said again or silence says the same."""
-        try:
-            self.socket.send(peer.routing_id, _NOBLOCK_MORE)
-            self.socket.send(wire.encode(message), _NOBLOCK)
-        except zmq.Again:
-            pass
-        except zmq.ZMQError:
-            self.lose(peer, f"the connection to {peer.url} broke")
-        self._owner.turn_soon()
+        """A message that an engine which takes no more does not get: it is said again, or silence says the same."""
+        if not peer.is_full:
+            peer.send(*_framed(message))
+            self._owner.turn_soon()
 
     def say_aborts(self) -> None:
-        """One message for each engine; one that takes none now is asked again soon."""
-        for peer in list(self.aborting):
-            try:
-                self.socket.send(peer.routing_id, _NOBLOCK_MORE)
-            except zmq.Again:
-                continue
-            except zmq.ZMQError:
-                self.lose(peer, f"the connection to {peer.url} broke")
-                continue
-            self.socket.send(wire.encode(wire.Abort(peer.aborts)), _NOBLOCK)
+        """One message for each engine; one that takes none now is told when it does."""
+        for peer in [p for p in self.aborting if not p.is_full]:
+            peer.send(*_framed(wire.Abort(peer.aborts)))
             peer.aborts = []
             self.aborting.discard(peer)
-            self._owner.turn_soon()
-        if self.aborting and self._again_timer is None:
-            # A send that failed may have used up the signal, too: of the engine's having room, or of a message to read.
-            self._again_timer = self._loop.call_later(AGAIN_S, self._again)
 
-    def _again(self) -> None:
-        self._again_timer = None
-        self._owner.turn_soon()
+    def flush(self) -> None:
+        """Writes what was sent in this turn, to each engine in one piece."""
+        unsent, self.unsent = self.unsent, []
+        self.unsent += [peer for peer in unsent if not peer.flush()]
 
 
-def _router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, MARK)
-    socket.setsockopt(zmq.RCVHWM, MARK)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.RECONNECT_IVL, 2**31 - 1)  # not -1: that drops what was received but not yet read
-    socket.setsockopt(zmq.IPV6, 1)
-    return socket
+def _framed(message: wire.FrontendToEngine) -> tuple[bytes, bytes]:
+    frame = wire.encode(message)
+    return zmtp.head(len(frame)), frame

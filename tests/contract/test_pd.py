@@ -68,7 +68,7 @@ class Stage:
         self.sinks: list[RecordingSink] = []
         self._context = context
         loop = asyncio.get_running_loop()
-        self.http, self.native = HttpUpstream(self.config), ZmqUpstream(context, self.config)
+        self.http, self.native = HttpUpstream(self.config), ZmqUpstream(self.config)
         counters = self.run.frontend(0)
         dispatcher = Dispatcher(self.run.reader, counters, make_policies(self.config, 0), Breaker(3, 5.0))
         pairer = Pairer.over(self.run.reader, dispatcher, loop, self.config)

@@ -91,7 +91,7 @@ def play(request: pytest.FixtureRequest, transport: str) -> Play:
             timeouts=Timeouts(connect_secs=connect_secs), upstream=Upstream(stream_buffer_bytes=stream_buffer_bytes)
         )
         with zmq.Context() as context:
-            upstream = HttpUpstream(config) if transport == "http" else ZmqUpstream(context, config)
+            upstream = HttpUpstream(config) if transport == "http" else ZmqUpstream(config)
             stage = Stage(transport, upstream, context)
             try:
                 await scene(stage)

@@ -29,7 +29,7 @@ def play(scene: Scene, *, connect_secs: float = 5.0, batch: int = BATCH) -> None
     async def run() -> None:
         with zmq.Context() as context:
             engine = ZmqEngine(context)
-            upstream = ZmqUpstream(context, Config(timeouts=Timeouts(connect_secs=connect_secs)), batch=batch)
+            upstream = ZmqUpstream(Config(timeouts=Timeouts(connect_secs=connect_secs)), batch=batch)
             try:
                 await scene(upstream, engine)
                 await eventually(lambda: not upstream._calls, upstream)
@@ -331,7 +331,7 @@ def test_forgotten_engine_ends_its_answers_and_then_its_connection() -> None:
         upstream.forget(engine.incarnation)
         asked.done(b"x")
         assert (await ended(sink)).body == b"x"
-        await eventually(lambda: not upstream._peers and not upstream._peers.by_route, upstream)
+        await eventually(lambda: not upstream._peers, upstream)
 
     play(scene)
 
@@ -354,7 +354,7 @@ def test_oversized_headers_are_refused() -> None:
 
 def test_engine_at_its_mark_is_saturated_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was accepted is answered; whatever was not, said so."""
-    monkeypatch.setattr("frontend.upstream.zmq_peers.MARK", 4)
+    monkeypatch.setattr("frontend.upstream.zmq_peers.MARK_BYTES", 4_000_000)
 
     async def scene(upstream: ZmqUpstream, engine: ZmqEngine) -> None:
         engine.on_request = ZmqAsked.done
@@ -382,26 +382,18 @@ def test_aborts_of_one_turn_are_one_message() -> None:
     play(scene)
 
 
-def test_abort_that_an_engine_did_not_take_is_said_again_before_the_next_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abort_that_an_engine_does_not_take_is_said_as_soon_as_it_does() -> None:
     async def scene(upstream: ZmqUpstream, engine: ZmqEngine) -> None:
         sink = post(upstream, engine.instance)
         asked = await engine.asked()
-        peers = upstream._peers
-        peers._beat_timer.cancel()
-        socket = peers.socket
-        refused: list[bytes] = []
-
-        class AtItsMark:
-            def send(self, data: bytes, flags: int) -> None:
-                if len(refused) < 3:
-                    refused.append(data)
-                    raise zmq.Again
-                socket.send(data, flags)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(peers, "socket", AtItsMark())
-            sink.leave()
-            await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
+        peer = upstream._peers.at(engine.instance)
+        peer.pause_writing()
+        sink.leave()
+        other = await ended(post(upstream, engine.instance))
+        assert isinstance(other.error, EngineSaturated)
+        assert not asked.aborted.is_set()
+        peer.resume_writing()
+        await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
 
     play(scene)
 

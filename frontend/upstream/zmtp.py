@@ -1,0 +1,149 @@
+"""ZMTP 3, the protocol of ZeroMQ on the wire, for a peer that connects to a ROUTER. Pure: bytes in, messages out.
+
+    <---> greeting                          64 bytes, each side at once
+    <---> READY: kind of socket, identity   the mechanism is NULL
+    <---> message, message, ...             one or more frames each; a PING among them is answered by a PONG
+
+    frame:  flags (MORE = 1, LONG = 2, COMMAND = 4) | size: 1 byte, or 8 if LONG | bytes
+
+https://rfc.zeromq.org/spec/23 and 37. Why this and not libzmq: zmq_peers.py.
+"""
+
+from __future__ import annotations
+
+from broker.errors import UpstreamBroken, WireError
+
+MAX_MESSAGE_BYTES = 128 * 1024 * 1024
+
+_MORE, _LONG, _COMMAND = 1, 2, 4
+_GREETING_BYTES = 64
+_SIGNATURE = b"\xff\0\0\0\0\0\0\0\0\x7f"
+_NULL = b"NULL".ljust(20, b"\0")
+GREETING = _SIGNATURE + b"\3\1" + _NULL + bytes(32)
+"""Version 3.1, and: we are no server of the mechanism."""
+
+
+def ready(identity: bytes) -> bytes:
+    """What follows the greeting; `identity` is what the ROUTER will call us."""
+    properties = ((b"Socket-Type", b"DEALER"), (b"Identity", identity))
+    body = b"".join([bytes((len(k),)) + k + len(v).to_bytes(4, "big") + v for k, v in properties])
+    return _command(b"READY", body)
+
+
+def head(size: int, *, more: bool = False) -> bytes:
+    """What stands before the bytes of a frame; `more`: it is not the last one of its message."""
+    if size < 256:
+        return bytes((more, size))
+    return bytes((_LONG | more,)) + size.to_bytes(8, "big")
+
+
+class Reader:
+    """What the other side says. `feed`, then `next` until it has no more; both raise `UpstreamBroken` when there is
+    nothing to be hoped for from this connection."""
+
+    __slots__ = ("_at", "_data", "_held", "_in_message", "_missing", "_state", "replies")
+
+    def __init__(self) -> None:
+        self.replies: list[bytes] = []
+        """To be sent by whoever owns the connection, who clears them."""
+        self._state = 0  # what is awaited: 0 greeting, 1 READY, 2 messages
+        self._in_message = False
+        self._data = b""
+        self._at = 0
+        self._held: list[bytes] = []  # the pieces of what is not whole yet: joined once, however large it is
+        self._missing = 0
+
+    @property
+    def is_open(self) -> bool:
+        """The other side has said READY."""
+        return self._state == 2
+
+    def feed(self, data: bytes) -> None:
+        """More bytes."""
+        if self._held:
+            self._held.append(data)
+            self._missing -= len(data)
+            if self._missing > 0:
+                return
+            data = b"".join(self._held)
+            self._held = []
+        elif self._at < len(self._data):  # not all was asked for
+            data = self._data[self._at :] + data
+        self._data, self._at = data, 0
+
+    def next(self) -> bytes | None:
+        """The next message; None: the rest of it has not come. Raises `WireError` for one of several frames, which is
+        passed over."""
+        if self._state == 0 and not self._greeted():
+            return None
+        while True:
+            data, at = self._data, self._at
+            left = len(data) - at
+            if left < 2:
+                self._hold(2 - left)
+                return None
+            flags = data[at]
+            if flags & _LONG:
+                if left < 9:
+                    self._hold(9 - left)
+                    return None
+                at += 9
+                size = int.from_bytes(data[at - 8 : at], "big")
+                if size > MAX_MESSAGE_BYTES:
+                    raise UpstreamBroken(f"the engine sent a frame of {size} bytes, the limit is {MAX_MESSAGE_BYTES}")
+            else:
+                at += 2
+                size = data[at - 1]
+            end = at + size
+            if end > len(data):
+                self._hold(end - len(data))
+                return None
+            self._at = end
+            body = data[at:end]
+            if flags & ~_LONG == 0 and self._state == 2 and not self._in_message:
+                return body
+            if flags & _COMMAND:
+                self._obey(body)
+            elif self._state != 2:
+                raise UpstreamBroken("the engine's greeting is none of ZMTP: a message came before READY")
+            elif flags & _MORE:
+                self._in_message = True
+            else:
+                self._in_message = False
+                raise WireError("more than one frame")
+
+    def _hold(self, missing: int) -> None:
+        """Keeps what is left until so much more has come."""
+        if self._at < len(self._data):
+            self._held = [self._data[self._at :]]
+            self._missing = missing
+        self._data, self._at = b"", 0
+
+    def _greeted(self) -> bool:
+        greeting = self._data[:_GREETING_BYTES]
+        if greeting[:1] not in (b"", b"\xff") or (len(greeting) > 9 and not greeting[9] & 1):
+            raise UpstreamBroken("the engine does not speak ZMTP")
+        if len(greeting) > 10 and greeting[10] < 3:
+            raise UpstreamBroken(f"the engine speaks ZMTP {greeting[10]}, not 3")
+        if len(greeting) < _GREETING_BYTES:
+            self._hold(_GREETING_BYTES - len(greeting))
+            return False
+        if greeting[12:32] != _NULL:
+            raise UpstreamBroken("the engine demands a security mechanism")
+        self._state = 1
+        self._at = _GREETING_BYTES
+        return True
+
+    def _obey(self, command: bytes) -> None:
+        name, rest = command[1 : 1 + command[0]] if command else b"", command[1 + command[0] :] if command else b""
+        if name == b"READY":
+            self._state = 2
+        elif name == b"ERROR":
+            raise UpstreamBroken(f"the engine refuses the connection: {rest[1:].decode('utf-8', 'replace')}")
+        elif name == b"PING":
+            self.replies.append(_command(b"PONG", rest[2:18]))  # behind the time to live, in tenths of a second
+
+
+def _command(name: bytes, body: bytes) -> bytes:
+    whole = bytes((len(name),)) + name + body
+    return bytes((_COMMAND, len(whole))) + whole

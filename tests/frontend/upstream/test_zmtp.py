@@ -1,0 +1,167 @@
+"""ZeroMQ's protocol as bytes, against libzmq itself and against what no libzmq would say."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.config import Config
+from broker.errors import ConnectFailed, UpstreamBroken, WireError
+from broker.types import EngineKind, Instance
+from frontend.upstream import zmtp
+from frontend.upstream.base import UpstreamRequest
+from frontend.upstream.zmq import ZmqUpstream
+from frontend.upstream.zmq_address import Address
+from tests.support.fake_engines import ZmqEngine
+from tests.support.sinks import RecordingSink
+from tests.support.waiting import eventually
+
+READY = zmtp.ready(b"")
+OPENING = zmtp.GREETING + READY
+
+
+def frame(data: bytes, *, more: bool = False) -> bytes:
+    return zmtp.head(len(data), more=more) + data
+
+
+def command(name: bytes, rest: bytes = b"") -> bytes:
+    whole = bytes((len(name),)) + name + rest
+    return bytes((4, len(whole))) + whole
+
+
+def read(reader: zmtp.Reader, data: bytes) -> list[bytes | None]:
+    """The messages in it; None stands for one of several frames."""
+    reader.feed(data)
+    found: list[bytes | None] = []
+    while True:
+        try:
+            message = reader.next()
+        except WireError:
+            found.append(None)
+        else:
+            if message is None:
+                return found
+            found.append(message)
+
+
+@given(
+    st.lists(st.one_of(st.binary(max_size=600), st.none(), st.just(b"PING")), max_size=8),
+    st.lists(st.integers(1, 700), max_size=40),
+)
+def test_messages_are_the_same_however_the_bytes_are_cut(messages: list[bytes | None], cuts: list[int]) -> None:
+    data = OPENING
+    for message in messages:
+        if message == b"PING":
+            data += command(b"PING", b"\0\1context")
+        elif message is None:
+            data += frame(b"a", more=True) + frame(b"b" * 300, more=True) + frame(b"")
+        else:
+            data += frame(message)
+    reader = zmtp.Reader()
+    found: list[bytes | None] = []
+    for size in cuts:
+        found += read(reader, data[:size])
+        data = data[size:]
+    found += read(reader, data)
+    assert found == [m for m in messages if m != b"PING"]
+    assert reader.replies == [command(b"PONG", b"context")] * messages.count(b"PING")
+
+
+def test_what_was_fed_before_the_last_was_taken_is_kept() -> None:
+    reader = zmtp.Reader()
+    reader.feed(OPENING + frame(b"1") + frame(b"2") + frame(b"3")[:2])
+    assert reader.next() == b"1"
+    reader.feed(frame(b"3")[2:] + frame(b"4"))
+    assert [reader.next() for _ in range(4)] == [b"2", b"3", b"4", None]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n", "does not speak ZMTP"),
+        (b"\xff\0\0\0\0\0\0\0\0\x7e", "does not speak ZMTP"),
+        (zmtp.GREETING[:10] + b"\2", "ZMTP 2"),
+        (zmtp.GREETING[:12] + b"PLAIN".ljust(20, b"\0") + bytes(32), "security"),
+        (zmtp.GREETING + frame(b"x"), "before READY"),
+        (zmtp.GREETING + command(b"ERROR", b"\4nope"), "nope"),
+        (OPENING + b"\2" + (zmtp.MAX_MESSAGE_BYTES + 1).to_bytes(8, "big"), "limit"),
+    ],
+)
+def test_what_is_no_peer_of_ours_is_said_to_be_none(data: bytes, why: str) -> None:
+    for said, size in ((data, len(data)), (data + bytes(64), 1)):  # at once, or byte by byte
+        pieces = [said[at : at + size] for at in range(0, len(said), size)]
+        reader = zmtp.Reader()
+        with pytest.raises(UpstreamBroken, match=why):
+            [read(reader, piece) for piece in pieces]
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused_or_waited_for(noise: bytes) -> None:
+    reader = zmtp.Reader()
+    try:
+        read(reader, OPENING)
+        read(reader, noise)
+    except UpstreamBroken:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["ipc", "abstract", "tcp", "tcp6"])
+def test_libzmq_is_understood_over_every_way(kind: str, tmp_path: Path) -> None:
+    if kind == "tcp6":
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            pytest.skip("there is no IPv6 here")
+    endpoints = {"ipc": f"ipc://{tmp_path}/e", "abstract": f"ipc://@{tmp_path}", "tcp": "tcp://127.0.0.1:*"}
+
+    async def scene() -> None:
+        with zmq.Context() as context:
+            engine = ZmqEngine(context, endpoints.get(kind, "tcp://[::1]:*"))
+            upstream = ZmqUpstream(Config())
+            sink = RecordingSink()
+            body = bytes(range(256)) * 4096
+            request = UpstreamRequest(path="/p", headers=[], body=body, stream=True)
+            sink.call = upstream.open(engine.instance, request, sink)
+            asked = await engine.asked()
+            assert asked.body == body
+            asked.chunk(body)
+            asked.done(b"end")
+            await eventually(lambda: sink.ended.is_set(), sink)
+            assert sink.body == body + b"end"
+            upstream.close()
+            engine.close()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("url", ["ipc://", "tcp://host", "tcp://:1", "tcp://h:0", "tcp://h:1/x", "http://h:1", "x", ""])
+def test_a_url_without_an_address_is_refused(url: str) -> None:
+    with pytest.raises(ConnectFailed):
+        Address(url)
+
+
+def test_a_server_of_something_else_is_connect_failed_at_once() -> None:
+    async def scene() -> None:
+        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+            url = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            upstream = ZmqUpstream(Config())
+            sink = RecordingSink()
+            request = UpstreamRequest(path="/p", headers=[], body=b"", stream=True)
+            instance = Instance(url=url, engine=EngineKind.NATIVE, incarnation=b"n" * 16)
+            sink.call = upstream.open(instance, request, sink)
+            await asyncio.wait_for(sink.ended.wait(), 4)
+            assert isinstance(sink.error, ConnectFailed)
+            upstream.close()
+
+    asyncio.run(scene())
