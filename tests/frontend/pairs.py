@@ -11,6 +11,7 @@ from typing import Any, cast
 from broker.config import Server
 from broker.counters import CounterColumn
 from broker.engines.pd import PAIRINGS
+from broker.errors import PenstockError
 from broker.types import EngineKind, FastDeployFields, Instance, Role, RouteRequest
 from frontend.forward import Forward
 from frontend.forwarder import Forwarder
@@ -20,6 +21,9 @@ from frontend.upstream.base import Sink, UpstreamRequest
 from tests.frontend.fakes import FakeCall, Frontend, Time
 
 BODY = b'{"model":"tiny", "prompt":"hello", "max_tokens": 7, "big": 9007199254740993}'
+GIVEN = b'{"do_remote_prefill": true, "remote_block_ids":[[ 1,2]], "remote_port":9007199254740993}'
+ANSWER = b'{"id":"x", "kv_transfer_params": ' + GIVEN + b', "usage":null}'
+"""What a prefill of NIXL answers, and what of it decode is asked with."""
 
 
 class SoonTime(Time):
@@ -97,3 +101,13 @@ class PairFrontend(Frontend):
 
     def counted_at(self, url: str, column: CounterColumn) -> int:
         return self.counters.load(column, self.slots[url])
+
+
+def held(frontend: PairFrontend) -> tuple[int, int]:
+    return frontend.held("p"), frontend.held("d")
+
+
+def failed(frontend: PairFrontend) -> PenstockError:
+    (error,) = frontend.client.heard
+    assert isinstance(error, PenstockError)
+    return error
