@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
 
+from broker.worker import Request
 from broker.worker.serve import Generate, serve_async
 from tests.support.raw_native import RawFrontend, RawPenstock
+from tests.support.waiting import eventually
 
 
 class Served:
@@ -62,3 +64,35 @@ class Served:
         frontend = RawFrontend(self.endpoint, self.incarnation)
         frontend.hello(epoch)
         return frontend
+
+
+async def echo(request: Request) -> AsyncIterator[str]:
+    for word in request.prompt.split():
+        yield word + " "
+
+
+async def raw_bytes(request: Request) -> AsyncIterator[bytes]:
+    yield b"<"
+    yield request.raw
+    yield b">"
+
+
+class Gate:
+    """A generator that says "begun", waits to be let through, and knows what became of it."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.ended: list[str] = []
+        self._open = threading.Event()
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def __call__(self, request: Request) -> AsyncIterator[bytes]:
+        self.started.append(request.prompt)
+        try:
+            yield b"begun"
+            await eventually(self._open.is_set, "the gate is open", within=60)
+            yield b" through"
+        finally:
+            self.ended.append(request.prompt)

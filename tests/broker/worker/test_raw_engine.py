@@ -27,12 +27,6 @@ INCARNATION = bytes(range(0x10, 0x20))
 
 
 @pytest.fixture
-def penstock() -> Iterator[RawPenstock]:
-    with RawPenstock() as penstock:
-        yield penstock
-
-
-@pytest.fixture
 def process(penstock: RawPenstock) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, raw_engine.__file__, penstock.url, "--model", "m"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

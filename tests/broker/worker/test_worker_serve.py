@@ -4,138 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import random
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
 from broker import wire
 from broker.worker import EngineError, Finish, Request
-from tests.broker.worker.serving import Served
+from tests.broker.worker.serving import Gate, Served, echo, raw_bytes
 from tests.support import raw_native
 from tests.support.raw_native import RawFrontend, RawPenstock
-from tests.support.waiting import PATIENCE_S, eventually, until
-
-
-@pytest.fixture
-def penstock() -> Iterator[RawPenstock]:
-    with RawPenstock() as penstock:
-        yield penstock
-
-
-async def echo(request: Request) -> AsyncIterator[str]:
-    for word in request.prompt.split():
-        yield word + " "
-
-
-async def raw_bytes(request: Request) -> AsyncIterator[bytes]:
-    yield b"<"
-    yield request.raw
-    yield b">"
-
-
-class Gate:
-    """A generator that says "begun", waits to be let through, and knows what became of it."""
-
-    def __init__(self) -> None:
-        self.started: list[str] = []
-        self.ended: list[str] = []
-        self._open = threading.Event()
-
-    def open(self) -> None:
-        self._open.set()
-
-    async def __call__(self, request: Request) -> AsyncIterator[bytes]:
-        self.started.append(request.prompt)
-        try:
-            yield b"begun"
-            await eventually(self._open.is_set, "the gate is open", within=60)
-            yield b" through"
-        finally:
-            self.ended.append(request.prompt)
-
-
-# -- registration ----------------------------------------------------------------------------------------------
-
-
-def test_the_hello_holds_what_the_author_said(penstock: RawPenstock) -> None:
-    transfer = bytes(range(256)) * 24
-    with Served(penstock, echo, models=["a", "b"], role="decode", capacity=8, transfer=transfer, name="n") as served:
-        tag, protocol, incarnation, endpoint, *rest = served.hello
-        assert (tag, protocol) == (32, 1)
-        assert len(incarnation) == 16
-        assert incarnation[0] != 0
-        assert endpoint == f"ipc://@penstock-{incarnation.hex()}"
-        assert rest == [2, ["a", "b"], 8, transfer, "n"]
-
-
-def test_beats_follow_and_goodbye_ends_them(penstock: RawPenstock) -> None:
-    with Served(penstock, echo, capacity=3) as served:
-        for _ in range(2):
-            _, beat = penstock.hear(raw_native.ENGINE_BEAT)
-            assert beat == [33, served.incarnation, 3, True]
-        served.stop()
-        _, goodbye = penstock.hear(raw_native.ENGINE_GOODBYE)
-        assert goodbye == [34, served.incarnation]
-
-
-@pytest.mark.parametrize("answer", [(raw_native.HELLO_AGAIN,), (raw_native.SCHEDULER_BEAT, 2)])
-def test_hello_is_said_again_when_the_scheduler_is_another(penstock: RawPenstock, answer: tuple[int, ...]) -> None:
-    with Served(penstock, echo) as served:
-        peer, _ = penstock.hear(raw_native.ENGINE_BEAT)
-        penstock.say(peer, *answer)
-        assert penstock.accept(2) == served.hello
-
-
-def test_hello_is_said_again_when_a_frontend_knows_a_newer_epoch(penstock: RawPenstock) -> None:
-    with Served(penstock, echo) as served:
-        penstock.hear(raw_native.ENGINE_BEAT)
-        with served.frontend(epoch=2):
-            assert penstock.accept(2) == served.hello
-
-
-def test_garbage_from_the_scheduler_is_dropped(penstock: RawPenstock) -> None:
-    with Served(penstock, echo):
-        peer, _ = penstock.hear(raw_native.ENGINE_BEAT)
-        for garbage in (b"", b"\xc1", b"\x93\x30", b"\x91\x7f"):
-            penstock.control.send_multipart([peer, garbage])
-        penstock.hear(raw_native.ENGINE_BEAT)
-
-
-def test_an_engine_joins_the_next_run_when_its_own_is_gone() -> None:
-    with RawPenstock() as first, Served(first, echo) as served:
-        port = first.port
-        first.__exit__()
-        with RawPenstock(port) as second:
-            assert second.run != first.run
-            assert second.accept()[2] == served.incarnation
-
-
-def test_an_engine_may_come_before_its_penstock(caplog: pytest.LogCaptureFixture) -> None:
-    with RawPenstock() as gone:
-        port = gone.port
-    later = RawPenstock.__new__(RawPenstock)
-    later.url = f"http://127.0.0.1:{port}"
-    served = Served(later, echo)
-    with caplog.at_level(logging.WARNING):
-        served._thread.start()
-        until(lambda: "no answer" in caplog.text, "the engine complains")
-    with RawPenstock(port) as penstock:
-        assert penstock.accept()[1] == 1
-        served.__exit__()
-
-
-def test_too_much_transfer_metadata_is_refused_at_once(penstock: RawPenstock) -> None:
-    from broker.worker import serve
-
-    with pytest.raises(ValueError, match="transfer metadata of 7169 bytes"):
-        serve(echo, router=penstock.url, transfer=b"x" * 7169)
-
+from tests.support.waiting import PATIENCE_S, eventually
 
 # -- answers ---------------------------------------------------------------------------------------------------
 
@@ -371,129 +254,6 @@ def test_load_is_published_with_rising_sequence_and_at_least_every_second(pensto
         assert load == ["Load", served.incarnation, 0, 0, -1, -1]
         second, _ = next(loads)  # idle all the time: this one is the heartbeat
         assert second == first + 1
-
-
-# -- the client leaves, the frontend dies ----------------------------------------------------------------------
-
-
-def test_abort_ends_the_generator_and_nothing_more_is_said(penstock: RawPenstock) -> None:
-    gate = Gate()
-    with Served(penstock, gate) as served, served.frontend() as frontend:
-        frontend.request(1, {"prompt": "p"})
-        assert frontend.step() == [[1, 0, 0, b"begun"]]
-        frontend.abort(1, 77)
-        until(lambda: gate.ended == ["p"], "its finally has run")
-        gate.open()
-        penstock.await_load(0, 0)
-        assert frontend.is_quiet(0.2)
-
-
-def test_a_waiting_request_is_aborted_without_having_run(penstock: RawPenstock) -> None:
-    gate = Gate()
-    with Served(penstock, gate, capacity=1) as served, served.frontend() as frontend:
-        frontend.request(1, {"prompt": "runs"})
-        frontend.request(2, {"prompt": "waits"})
-        penstock.await_load(1, 1)
-        frontend.abort(2)
-        penstock.await_load(1, 0)
-        gate.open()
-        assert frontend.answer(1) == (200, b"begun through")
-        assert gate.started == ["runs"]
-
-
-def test_a_silent_frontend_loses_its_requests_and_is_told(penstock: RawPenstock) -> None:
-    gate = Gate()
-    with Served(penstock, gate) as served, served.frontend() as silent, served.frontend() as lively:
-        silent.request(1, {"prompt": "silent"})
-        lively.request(1, {"prompt": "lively"})
-        penstock.await_load(2, 0)
-
-        def ended() -> bool:
-            lively.say(raw_native.PING)
-            return bool(gate.ended)
-
-        until(ended, "the silent frontend's request is aborted")
-        assert gate.ended == ["silent"]
-        silent_end = silent.step()[-1] if (first := silent.step()) == [[1, 0, 0, b"begun"]] else first[-1]
-        assert silent_end[:3] == [1, 1, 2]
-        assert silent_end[4] == 503
-        silent.request(2, {"prompt": "back again"})
-        gate.open()
-        assert silent.answer(2) == (200, b"begun through")
-        assert lively.answer(1) == (200, b"begun through")
-
-
-def test_pings_are_answered_with_the_incarnation(penstock: RawPenstock) -> None:
-    with Served(penstock, echo) as served, RawFrontend(served.endpoint, served.incarnation) as frontend:
-        frontend.say(raw_native.PING)
-        assert frontend.hear(raw_native.PONG) == [81, served.incarnation]
-
-
-def test_a_frontend_that_went_away_loses_its_requests_at_the_next_delta(penstock: RawPenstock) -> None:
-    ended = threading.Event()
-
-    async def generate(_: Request) -> AsyncIterator[bytes]:
-        try:
-            while True:
-                yield b"x"
-                await asyncio.sleep(0.01)
-        finally:
-            ended.set()
-
-    with Served(penstock, generate) as served:
-        with served.frontend() as frontend:
-            frontend.request(1, {})
-            frontend.step()
-        assert ended.wait(2.0), "sooner than silence would tell"
-
-
-def test_a_frontend_that_does_not_read_is_bounded_and_its_requests_end(
-    penstock: RawPenstock, caplog: pytest.LogCaptureFixture
-) -> None:
-    ended = threading.Event()
-
-    async def flood(_: Request) -> AsyncIterator[bytes]:
-        try:
-            while True:
-                yield b"x" * 65536
-                await asyncio.sleep(0)
-        finally:
-            ended.set()
-
-    with Served(penstock, flood) as served, RawFrontend(served.endpoint, served.incarnation) as frontend:
-        frontend.socket.setsockopt(raw_native.zmq.RCVHWM, 10)
-        frontend.hello()
-        frontend.request(1, {})
-        assert ended.wait(30)
-        assert "does not read" in caplog.text
-        frontend.request(2, {})
-        answers = frontend.answers(1, 2)  # no gap before the error
-        assert [answers[number][0] for number in (1, 2)] == [503, 503]
-
-
-# -- the end ---------------------------------------------------------------------------------------------------
-
-
-def test_on_stop_running_requests_finish_and_new_ones_are_refused(penstock: RawPenstock) -> None:
-    gate = Gate()
-    with Served(penstock, gate) as served, served.frontend() as frontend:
-        frontend.request(1, {"prompt": "p"})
-        penstock.await_load(1, 0)
-        served.stop()
-        penstock.hear(raw_native.ENGINE_GOODBYE)
-        frontend.request(2, {"prompt": "late"})
-        assert frontend.answer(2)[0] == 503
-        gate.open()
-        rest = [delta for delta in frontend.step() if delta[0] == 1]
-        assert rest[-1][2:4] in ([0, b" through"], [1, b""])
-
-
-def test_what_does_not_finish_in_time_ends_with_an_error(penstock: RawPenstock) -> None:
-    with Served(penstock, Gate(), drain_s=0.1) as served, served.frontend() as frontend:
-        frontend.request(1, {"prompt": "p"})
-        penstock.await_load(1, 0)
-        served.stop()
-        assert frontend.answer(1)[0] == 503
 
 
 # -- as a program ----------------------------------------------------------------------------------------------
