@@ -9,7 +9,7 @@ import pytest
 from tests.blackbox.router import Router
 
 QUICK = {
-    "manager": {"health-check-interval-secs": 0.25, "health-check-timeout-secs": 1.0},
+    "manager": {"health-check-interval-secs": 0.25, "health-check-timeout-secs": 10.0},
     "scheduler": {"stats-interval-secs": 0.3, "eviction-interval-secs": 0.3},
     "log": {"level": "debug"},
 }

@@ -11,6 +11,7 @@ import pytest
 from tests.blackbox.engine import Engine
 from tests.blackbox.router import Router, run
 from tests.support.processes import free_port
+from tests.support.waiting import until
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "fastdeploy"
 
@@ -74,10 +75,10 @@ def test_fastdeploys_example_files_start_unchanged(tmp_path: Path) -> None:
     with Router(tmp_path, f"--port={port}", config=text, port=port, files=files) as router:
         assert router.numbers() == {"decode": 0, "mixed": 0, "prefill": 0}
         said = r"\[ERROR\] \S+ \S+ logger.go:\d+: Failed to register instance from index {}: "
-        log = (tmp_path / "logs" / "router.log").read_text()
-        for index in (0, 1):
-            assert re.search(said.format(index) + r"http://127\.0\.0\.1:809\d service is not healthy", log), log
-        assert re.search(rf"\[INFO\] .*: Starting server on :{port}\n", log)
+        log = tmp_path / "logs" / "router.log"
+        lines = [said.format(index) + r"http://127\.0\.0\.1:809\d service is not healthy" for index in (0, 1)]
+        for line in (*lines, rf"\[INFO\] .*: Starting server on :{port}\n"):
+            until(lambda line=line: re.search(line, log.read_text()), log.read_text)
         assert router.out == ""
         refused = router.post("/register", {"role": "mixed", "host_ip": "127.0.0.1", "port": 1})
         assert refused.json()["msg"] == "splitwise mode only supports PREFILL/DECODE instances"

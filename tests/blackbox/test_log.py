@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.blackbox.router import Router
 from tests.support.processes import free_port
+from tests.support.waiting import until
 
 HEAD = r"\[(DEBUG|INFO|WARN|ERROR)\] \d{4}/\d\d/\d\d \d\d:\d\d:\d\d logger\.go:\d+: "
 GO_DURATION = r"(\d+h)?(\d+m)?\d+(\.\d+)?(ns|µs|ms|s)"
@@ -81,5 +82,6 @@ def test_file_mode_and_level(tmp_path: Path) -> None:
     with Router(tmp_path, "-port", str(port := free_port()), config=config, port=port) as router:
         assert router.chat().status == 502
         file = tmp_path / "logs" / "router.log"
-        assert re.fullmatch(rf"{HEAD}Failed to select mixed worker: no healthy workers available\n", file.read_text())
+        text = until(file.read_text, "the line")
+        assert re.fullmatch(rf"{HEAD}Failed to select mixed worker: no healthy workers available\n", text)
         assert router.log == ""

@@ -33,7 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Router, Eng
             "policy": "cache_aware",
             "cache-block-size": 2,
             "tokenizer-url": f"127.0.0.1:{service.port}",  # neither scheme nor path
-            "tokenizer-timeout-secs": 0.3,
+            "tokenizer-timeout-secs": 2.0,
         },
         "log": {"level": "debug"},
     }
