@@ -24,7 +24,9 @@ CONFIG = {"manager": {"health-check-interval-secs": 0.5}}
 """A killed HTTP engine is known to be down after three checks: 1.5 s instead of 15."""
 STREAMS, LATE = 24, 9
 WORDS = 150
-"""Of an answer: 1.8 s at the engine's 12 ms a step, so that every stream is under way when the blow falls."""
+"""Of an answer: 1.8 s at the engine's 12 ms a step."""
+SLOW = 6
+"""Times that, until the blow has fallen: however busy the machine, every stream is under way then."""
 
 
 @pytest.fixture
@@ -54,6 +56,7 @@ class Blow(NamedTuple):
 
 async def strike(fleet: Fleet, client: Client, name: str) -> Blow:
     """Kills `name` with `STREAMS` streams begun and `LATE` requests that wait for their first byte; all have ended."""
+    slow(fleet, SLOW)
     begun = [
         await client.send(
             "/v1/chat/completions", chat(f"{name} {k}", max_tokens=WORDS, ignore_eos=True), id=f"{name}-begun-{k}"
@@ -61,7 +64,7 @@ async def strike(fleet: Fleet, client: Client, name: str) -> Blow:
         for k in range(STREAMS)
     ]
     await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in begun)), PATIENCE_S)
-    # 4,000 words are 0.4 s of prefill before the first byte.
+    # 4,000 words are 0.4 s of prefill before the first byte, and SLOW times that.
     late = [
         await client.send(
             "/v1/chat/completions", chat(f"{name} {k} " + "word " * 4000, max_tokens=8), id=f"{name}-late-{k}"
@@ -70,8 +73,14 @@ async def strike(fleet: Fleet, client: Client, name: str) -> Blow:
     ]
     pid = fleet.kill(name)
     assert sum(exchange.state is State.OPEN for exchange in begun) >= 20
+    slow(fleet, 1)
     await asyncio.wait_for(asyncio.gather(*(exchange.ended for exchange in begun + late)), PATIENCE_S)
     return Blow(begun, late, pid)
+
+
+def slow(fleet: Fleet, times: float) -> None:
+    for engine in fleet.engines.values():
+        engine.fault(slow=times)
 
 
 def compare(fleet: Fleet, client: Client) -> None:
@@ -104,7 +113,13 @@ def calm(fleet: Fleet) -> None:
 
 async def even(fleet: Fleet, client: Client, round: str) -> None:
     """Held requests are level again over the instances."""
-    held = [await client.send("/v1/chat/completions", chat(f"{round} {k}"), id=f"{round}-{k}") for k in range(30)]
+    slow(fleet, SLOW)  # none ends before all are there
+    body = {"max_tokens": 60, "ignore_eos": True}
+    held = [
+        await client.send("/v1/chat/completions", chat(f"{round} {k}", **body), id=f"{round}-{k}") for k in range(30)
+    ]
+    await asyncio.wait_for(asyncio.gather(*(exchange.first_byte for exchange in held)), PATIENCE_S)
+    slow(fleet, 1)
     await asyncio.wait_for(asyncio.gather(*(exchange.ended for exchange in held)), PATIENCE_S)
     assert all(exchange.whole for exchange in held), held
     names = Counter(exchange.fingerprint() for exchange in held)

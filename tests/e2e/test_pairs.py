@@ -85,7 +85,7 @@ def test_a_pair_answers_with_what_prefill_handed_over(fleet: Fleet, connector: s
 @pytest.mark.parametrize("connector", CONNECTORS)
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_a_client_that_leaves_ends_both_halves(fleet: Fleet, connector: str, stage: str) -> None:
-    body = {"model": connector, "prompt": "a" * 400, "max_tokens": 500, "ignore_eos": True, "stream": True}
+    body = {"model": connector, "prompt": "a" * 400, "max_tokens": 10_000, "ignore_eos": True, "stream": True}
     engines = [fleet.engines[f"{connector}-{role}-0"] for role in ("prefill", "decode")]
 
     async def run() -> None:
@@ -152,7 +152,7 @@ def test_requests_are_aborted_wherever_they_are(fleet: Fleet) -> None:
 
     async def run() -> None:
         with Client(fleet.port) as client:
-            body = {"max_tokens": 500, "ignore_eos": True, "stream": True, "prompt": "abort me"}
+            body = {"max_tokens": 10_000, "ignore_eos": True, "stream": True, "prompt": "abort me"}
             running = [
                 await client.send("/v1/completions", {**body, "model": connector}, id=f"r-{connector}")
                 for connector in CONNECTORS

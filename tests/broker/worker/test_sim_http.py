@@ -199,7 +199,7 @@ def test_a_client_that_leaves_ends_its_request_at_once(engine: Simulated) -> Non
     until(lambda: len(engine.ledger()) == 2, "both run")
     streaming.socket.close()
     unstreamed.socket.close()
-    until(lambda: {e["state"] for e in engine.ledger()} == {"aborted"}, "both are aborted", within=2.0)
+    until(lambda: {e["state"] for e in engine.ledger()} == {"aborted"}, "both are aborted")
     assert engine.json("/ledger")["idle"]
 
 
