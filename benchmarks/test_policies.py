@@ -19,7 +19,8 @@ from broker.config import Config, Shm
 from broker.counters import CounterColumn, FrontendCounters, Roster, attach_counters, create_counters
 from broker.policies import POLICIES, Options, frontend_rng, make_policy
 from broker.policies.base import least
-from broker.table import TableWriter, create_table
+from broker.table import create_table
+from broker.table_writer import TableWriter
 from broker.types import Instance, LoadReport, Role, RouteRequest
 from broker.view import TableReader, View
 

@@ -12,7 +12,8 @@ from broker.cluster.locality import machine
 from broker.cluster.member import Member
 from broker.config import Config
 from broker.scheduler.admission import Admission
-from broker.table import SchedulerEvent, TableWriter
+from broker.table import SchedulerEvent
+from broker.table_writer import TableWriter
 from broker.view import TableReader
 
 

@@ -17,7 +17,7 @@ from broker import config, files, log
 from broker.errors import PenstockError
 from broker.faces import face_of
 from broker.scheduler.process import Scheduler
-from broker.table import TableWriter
+from broker.table_writer import TableWriter
 from shm.segment import SegmentError
 
 logger = logging.getLogger("scheduler")

@@ -44,7 +44,8 @@ from broker.scheduler.registrar import Registrar, answer
 from broker.scheduler.registry import Registry
 from broker.scheduler.tally import Tally
 from broker.scheduler.watch import Watch
-from broker.table import BEAT_S, SchedulerEvent, TableWriter
+from broker.table import BEAT_S, SchedulerEvent
+from broker.table_writer import TableWriter
 from broker.types import LoadReport
 from broker.view import TableReader
 

@@ -42,7 +42,7 @@ REMEMBERED = 4096
 
 
 class Table(Protocol):
-    """What the registry needs of `broker.table.TableWriter`."""
+    """What the registry needs of `broker.table_writer.TableWriter`."""
 
     @property
     def epoch(self) -> int: ...

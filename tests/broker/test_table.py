@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from broker.counters import CounterColumn
 from broker.errors import MetadataTooLarge, TableFull
-from broker.table import MAX_BLOB_BYTES, UNKNOWN, Column, State, TableWriter, encode
+from broker.table import MAX_BLOB_BYTES, UNKNOWN, Column, State, encode
+from broker.table_writer import TableWriter
 from broker.types import EngineKind, FastDeployFields, LoadReport, Role, Trust
 from shm.segment import Segment
 from tests.support.table import Run, instance

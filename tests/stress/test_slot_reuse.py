@@ -24,7 +24,8 @@ from broker.config import Config
 from broker.counters import CounterColumn, CountersReader, FrontendCounters, attach_counters
 from broker.errors import NoInstance
 from broker.lease import Lease, take
-from broker.table import Cell, Column, State, TableWriter
+from broker.table import Cell, Column, State
+from broker.table_writer import TableWriter
 from broker.types import Role
 from broker.view import TableReader
 from tests.support.children import child, pipe

@@ -7,7 +7,8 @@ from typing import Self
 
 from broker.config import Config, Scheduler, Shm
 from broker.counters import FrontendCounters, Roster, attach_counters, create_counters
-from broker.table import State, TableWriter, create_table
+from broker.table import State, create_table
+from broker.table_writer import TableWriter
 from broker.types import Instance, Role
 from broker.view import TableReader
 from shm.segment import Segment

@@ -14,7 +14,7 @@ from broker.lease import Lease, take
 from broker.narrator import Narrator
 from broker.scheduler.bulletin import Bulletin
 from broker.scheduler.registry import Member, Registry
-from broker.table import TableWriter
+from broker.table_writer import TableWriter
 from broker.types import Instance
 from tests.support.table import Run
 
