@@ -1,47 +1,58 @@
-/* The look-up of `shm.hashtable.reader`, several times cheaper: what a decision about a long prompt costs otherwise.
+/* The look-up of `shm.hashtable.reader` and the usual case of `TableWriter.add`, several times cheaper: what a decision
+   about a long prompt costs otherwise, and what the scheduler has to do for it.
 
-   The contract is that of the Python twin, which tests/shm/test_hashtable.py holds it to: the same loads in the same
-   order (see `shm.hashtable`), the same result for every state of the table, and no access outside its arrays, whatever
-   these hold. Nothing is kept of a look-up, nothing stored to shared memory, and the interpreter's lock is held
-   throughout: 512 keys take a few microseconds, most of them spent waiting for cache lines, so the lines of the next
-   keys are asked for before those of the present ones are looked at. */
+   The contract is that of the Python twins, which tests/shm/test_hashtable.py holds them to: the same loads and stores
+   in the same order (see `shm.hashtable`), the same result for every state of the table, and no access outside its
+   arrays, whatever these hold. The interpreter's lock is held throughout: 512 keys take a few microseconds, most of them
+   spent waiting for cache lines, so the lines of the next keys are asked for before those of the present ones are
+   looked at. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 enum { WAYS = 8, WAY_BITS = 3, FIELDS = 4, FIELD_BITS = 16, PLACE_BITS = 16 };
+enum { COUNT_BITS = 24, COUNT_MASK = (1 << COUNT_BITS) - 1, COUNT_UNIT = 256, HORIZON = 1024, INSERTED = 2 };
 enum { ROUND = 64 };     /* keys that are looked at together */
 enum { MOST_WORDS = 512 }; /* of a bitmap: MAX_MEMBERS + 1 bits */
+enum { ARRAYS = 6 };
 
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define PREFETCH(p) __builtin_prefetch(p)
 
 typedef struct {
     PyObject_HEAD
-    Py_buffer held[5];
-    const int64_t *sequence, *keys, *members, *uses, *pool;
+    Py_buffer held[ARRAYS];
+    int64_t *cells, *sequence, *keys, *members, *uses, *pool; /* stored to by `add` alone, if all are writable */
     Py_ssize_t mask;  /* buckets - 1 */
     Py_ssize_t sets;  /* bitmaps in the pool */
     Py_ssize_t words; /* of a bitmap */
-    PyObject *before_load; /* called before each load of a shared cell; NULL but in tests */
+    PyObject *before_load, *before_store; /* called before each of a shared cell; NULL but in tests */
 } Table;
 
 /* Loads of shared cells are single, aligned and in program order: atomics forbid the compiler to split, merge or invent
    them, `FENCE` forbids it and the CPU to let later loads overtake earlier ones (nothing to do on x86-64). */
 #define FENCE() __atomic_thread_fence(__ATOMIC_ACQUIRE)
 
-static int interrupt(Table *t) {
-    PyObject *done = PyObject_CallNoArgs(t->before_load);
+static int interrupt(PyObject *call) {
+    PyObject *done = PyObject_CallNoArgs(call);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
 }
 
 #define LOAD(into, cell)                                                   \
     do {                                                                   \
-        if (UNLIKELY(t->before_load != NULL) && interrupt(t) < 0) return -1; \
+        if (UNLIKELY(t->before_load != NULL) && interrupt(t->before_load) < 0) return -1; \
         (into) = __atomic_load_n(&(cell), __ATOMIC_RELAXED);               \
+    } while (0)
+
+/* Stores become visible in program order. */
+#define STORE(cell, value)                                                 \
+    do {                                                                   \
+        if (UNLIKELY(t->before_store != NULL) && interrupt(t->before_store) < 0) return -1; \
+        __atomic_store_n(&(cell), (value), __ATOMIC_RELEASE);              \
     } while (0)
 
 /* Where members were seen: `reach[m]` = index behind the last key whose set has m. Keys come from the last to the first,
@@ -163,29 +174,125 @@ release_keys:
     return found < 0 ? NULL : PyLong_FromSsize_t(found);
 }
 
+/* The word with a member more, as `_join_word` makes it; the word itself if it has it. 0 when it takes a bitmap. */
+static int64_t join(const Table *t, int64_t word, int64_t member) {
+    if (word < 0) {
+        Py_ssize_t set = ~word & ((1 << PLACE_BITS) - 1);
+        return set < t->sets && t->pool[set * t->words + (member >> 6)] >> (member & 63) & 1 ? word : 0;
+    }
+    int64_t joined = member + 1;
+    int fields = 1;
+    for (int i = 0; i < FIELDS; i++) {
+        int64_t field = word >> i * FIELD_BITS & ((1 << FIELD_BITS) - 1);
+        if (field == member + 1) return word;
+        if (field == 0) continue;
+        if (fields == FIELDS) return 0;
+        joined |= field << fields++ * FIELD_BITS;
+    }
+    return joined;
+}
+
+/* 1 when everything is entered, 0 when nothing is, because a set takes a bitmap; -1 with an exception. `place` has room
+   for a place of each key; bitmaps that keys no longer name, since they had to go, are appended to `released`. */
+static int enter_all(Table *t, const int64_t *keys, Py_ssize_t count, int64_t member, int64_t tick, int64_t *place,
+                     PyObject *released) {
+    Py_ssize_t missing = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Py_ssize_t bucket = keys[i] & t->mask;
+        if (i + ROUND < count) PREFETCH(&t->keys[(keys[i + ROUND] & t->mask) * WAYS]);
+        place[i] = -1;
+        for (Py_ssize_t way = 0; way < WAYS && place[i] < 0; way++)
+            if (t->keys[bucket * WAYS + way] == keys[i]) place[i] = bucket * WAYS + way;
+        missing += place[i] < 0;
+        PREFETCH(&t->members[bucket * WAYS]);
+        PREFETCH(&t->uses[bucket * WAYS]);
+    }
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (place[i] >= 0 && !join(t, t->members[place[i]], member)) return 0;
+    int64_t last_age = -1;
+    double faded = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (place[i] < 0) continue;
+        int64_t word = t->members[place[i]], joined = join(t, word, member);
+        if (joined != word) STORE(t->members[place[i]], joined);
+        int64_t use = t->uses[place[i]], age = tick - (use >> COUNT_BITS);
+        if (age != last_age) faded = exp((double)age * (-1.0 / HORIZON));
+        last_age = age;
+        double uses = faded * (double)(use & COUNT_MASK) + COUNT_UNIT;
+        STORE(t->uses[place[i]], (uses < COUNT_MASK ? (int64_t)uses : COUNT_MASK) | tick << COUNT_BITS);
+    }
+    if (missing) STORE(t->cells[INSERTED], t->cells[INSERTED] + missing);
+    /* From the last to the first: of those that meet in a bucket, the order in which the Python twin takes them. */
+    for (Py_ssize_t i = count - 1; i >= 0; i--) {
+        if (place[i] >= 0) continue;
+        Py_ssize_t bucket = keys[i] & t->mask, oldest = bucket * WAYS;
+        int64_t least = INT64_MAX;
+        for (Py_ssize_t at = bucket * WAYS; at < (bucket + 1) * WAYS; at++) {
+            int64_t use = t->keys[at] ? t->uses[at] : 0;
+            if (use < least) least = use, oldest = at;
+        }
+        if (t->keys[oldest] && t->members[oldest] < 0) {
+            PyObject *set = PyLong_FromLongLong(~t->members[oldest] & ((1 << PLACE_BITS) - 1));
+            int done = set == NULL ? -1 : PyList_Append(released, set);
+            Py_XDECREF(set);
+            if (done < 0) return -1;
+        }
+        STORE(t->sequence[bucket], t->sequence[bucket] + 1);
+        STORE(t->keys[oldest], 0);
+        STORE(t->members[oldest], member + 1);
+        STORE(t->uses[oldest], tick << COUNT_BITS | COUNT_UNIT);
+        STORE(t->keys[oldest], keys[i]);
+        STORE(t->sequence[bucket], t->sequence[bucket] + 1);
+    }
+    return 1;
+}
+
+static PyObject *add(Table *t, PyObject *const *arguments, Py_ssize_t given) {
+    Py_buffer keys;
+    if (given != 3) return PyErr_Format(PyExc_TypeError, "add(keys, member, tick)");
+    int64_t member = PyLong_AsLongLong(arguments[1]), tick = PyLong_AsLongLong(arguments[2]);
+    if (PyErr_Occurred()) return NULL;
+    for (int i = 0; i < ARRAYS; i++)
+        if (t->held[i].readonly) return PyErr_Format(PyExc_ValueError, "a table that is only read");
+    if (member < 0 || member >= t->words * 64 || tick < 0) return PyErr_Format(PyExc_ValueError, "no such member");
+    if (cells(arguments[0], &keys, 0) < 0) return NULL;
+    PyObject *released = PyList_New(0);
+    int64_t *place = PyMem_Malloc((size_t)keys.len + 1);
+    int done = -1;
+    if (place == NULL) PyErr_NoMemory();
+    else if (released != NULL) done = enter_all(t, keys.buf, keys.len / 8, member, tick, place, released);
+    PyMem_Free(place);
+    PyBuffer_Release(&keys);
+    if (done > 0) return released;
+    Py_XDECREF(released);
+    if (done < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *make(PyTypeObject *type, PyObject *arguments, PyObject *Py_UNUSED(named)) {
-    PyObject *from[5];
-    if (!PyArg_ParseTuple(arguments, "OOOOO:Table", &from[0], &from[1], &from[2], &from[3], &from[4])) return NULL;
+    PyObject *from[ARRAYS];
+    if (!PyArg_ParseTuple(arguments, "OOOOOO:Table", &from[0], &from[1], &from[2], &from[3], &from[4], &from[5]))
+        return NULL;
     Table *t = (Table *)type->tp_alloc(type, 0);
     if (t == NULL) return NULL;
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < ARRAYS; i++) {
         if (PyObject_GetBuffer(from[i], &t->held[i], PyBUF_C_CONTIGUOUS | PyBUF_ND) < 0) goto refuse;
         if (t->held[i].len % 8 || (uintptr_t)t->held[i].buf % 8) goto unfit;
     }
-    t->sequence = t->held[0].buf;
-    t->keys = t->held[1].buf;
-    t->members = t->held[2].buf;
-    t->uses = t->held[3].buf;
-    t->pool = t->held[4].buf;
-    Py_ssize_t buckets = t->held[0].len / 8;
+    t->cells = t->held[0].buf;
+    t->sequence = t->held[1].buf;
+    t->keys = t->held[2].buf;
+    t->members = t->held[3].buf;
+    t->uses = t->held[4].buf;
+    t->pool = t->held[5].buf;
+    Py_ssize_t buckets = t->held[1].len / 8;
     t->mask = buckets - 1;
-    if (buckets < 1 || buckets & t->mask || t->held[4].ndim != 2) goto unfit;
-    for (int i = 1; i < 4; i++) {
+    if (t->held[0].len / 8 <= INSERTED || buckets < 1 || buckets & t->mask || t->held[5].ndim != 2) goto unfit;
+    for (int i = 2; i < 5; i++)
         if (t->held[i].len / 8 != buckets * WAYS) goto unfit;
-    }
-    t->sets = t->held[4].shape[0];
-    t->words = t->held[4].shape[1];
-    if (t->words < 1 || t->words > MOST_WORDS || t->held[4].len / 8 != t->sets * t->words) goto unfit;
+    t->sets = t->held[5].shape[0];
+    t->words = t->held[5].shape[1];
+    if (t->words < 1 || t->words > MOST_WORDS || t->held[5].len / 8 != t->sets * t->words) goto unfit;
     return (PyObject *)t;
 unfit:
     PyErr_SetString(PyExc_ValueError, "these arrays are not those of one table");
@@ -196,8 +303,9 @@ refuse:
 
 static void let_go(Table *t) {
     PyTypeObject *type = Py_TYPE(t);
-    for (int i = 0; i < 5; i++) PyBuffer_Release(&t->held[i]);
+    for (int i = 0; i < ARRAYS; i++) PyBuffer_Release(&t->held[i]);
     Py_XDECREF(t->before_load);
+    Py_XDECREF(t->before_store);
     type->tp_free(t);
     Py_DECREF(type);
 }
@@ -207,8 +315,15 @@ static PyObject *set_before_load(Table *t, PyObject *call) {
     Py_RETURN_NONE;
 }
 
+static PyObject *set_before_store(Table *t, PyObject *call) {
+    Py_XSETREF(t->before_store, Py_IsNone(call) ? NULL : Py_NewRef(call));
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"find", (PyCFunction)(void (*)(void))find, METH_FASTCALL, "See _table.pyi."},
+    {"add", (PyCFunction)(void (*)(void))add, METH_FASTCALL, "See _table.pyi."},
+    {"before_store", (PyCFunction)set_before_store, METH_O, "See _table.pyi."},
     {"before_load", (PyCFunction)set_before_load, METH_O, "See _table.pyi."},
     {NULL, NULL, 0, NULL},
 };

@@ -1,4 +1,4 @@
-"""The compiled twin of `TableReader.find`; `_table.c` has the reasons."""
+"""The compiled twins of `TableReader.find` and `TableWriter.add`; `_table.c` has the reasons."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,19 @@ from shm.hashtable.layout import Vector
 class Table:
     """Holds the arrays of one table. Raises ValueError when they do not fit together."""
 
-    def __init__(self, sequence: Vector, keys: Vector, members: Vector, uses: Vector, pool: Vector, /) -> None: ...
+    def __init__(
+        self, cells: Vector, sequence: Vector, keys: Vector, members: Vector, uses: Vector, pool: Vector, /
+    ) -> None: ...
     def find(self, keys: Vector, out: Vector, reach: Vector, /) -> int:
         """How many keys were found. Which ones, and their uses, stand at the ends of the two rows of `out`, each as
         long as `keys`; `reach`, zeroed before, is what `Found.reach` says."""
 
+    def add(self, keys: Vector, member: int, tick: int, /) -> list[int] | None:
+        """The bitmaps that keys which had to go named, one for each of them. None: nothing was stored, because a set
+        would take a bitmap, and bitmaps are the caller's business. Raises ValueError for a table that is only read."""
+
     def before_load(self, call: Callable[[], object] | None, /) -> None:
-        """To be called before each load of a shared cell, so that a test can step in between any two."""
+        """To be called before each load of a shared cell in `find`, so that a test can step in between any two."""
+
+    def before_store(self, call: Callable[[], object] | None, /) -> None:
+        """To be called before each store; what it raises ends `add` there, as if the process had died."""

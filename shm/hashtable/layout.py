@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shm.compiled import is_wanted
 from shm.segment import Block, Segment
+
+compiled: type[Compiled] | None = None
+"""The compiled twin of what is done for every prompt; None: there is none, or it is not wanted."""
+if is_wanted():
+    with contextlib.suppress(ImportError):
+        from shm.hashtable._table import Table as Compiled
+
+        compiled = Compiled
 
 WAYS = 8
 WAY_BITS = 3
@@ -57,6 +67,10 @@ class Table:
         self._uses = segment.array("uses")
         self._pool = segment.array("pool")
         self._mask = np.int64(len(self._sequence) - 1)
+        self._compiled: Compiled | None = None
+        if compiled is not None:
+            arrays = self._sequence, self._keys, self._members, self._uses, self._pool
+            self._compiled = compiled(segment.array("cells"), *arrays)
 
     @property
     def tick(self) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shm.compiled import is_wanted
 from shm.hashtable.layout import (
     COUNT_BITS,
     COUNT_MASK,
@@ -23,14 +21,6 @@ from shm.hashtable.layout import (
     inline,
 )
 from shm.segment import Segment
-
-compiled: type[Compiled] | None = None
-"""The compiled twin of the look-up; None: there is none, or it is not wanted."""
-if is_wanted():
-    with contextlib.suppress(ImportError):
-        from shm.hashtable._table import Table as Compiled
-
-        compiled = Compiled
 
 MANY = 16
 """Members from which on a set is stored as a vector: 4 us for any number, where one by one takes 0.2 us for each."""
@@ -80,9 +70,6 @@ class TableReader(Table):
     def __init__(self, segment: Segment) -> None:
         super().__init__(segment)
         self._most = self._pool.shape[1] * 64
-        self._compiled: Compiled | None = None
-        if compiled is not None:
-            self._compiled = compiled(self._sequence, self._keys, self._members, self._uses, self._pool)
 
     def find(self, keys: Vector) -> Found:
         """Those of `keys` that are in the table, how far the members of their sets reach, and their recent uses.

@@ -49,6 +49,12 @@ class TableWriter(Table):
     def add(self, keys: Vector, member: int, tick: int) -> None:
         """`member` is in the set of each of `keys`, none twice, all used at `tick` (which never falls)."""
         self._put(self._cells, TICK, tick)
+        if self._compiled is not None:
+            released = self._compiled.add(keys, member, tick)
+            if released is not None:
+                for place in released:
+                    self._let_go(place, 1)
+                return
         while len(keys):
             keys = self._add(keys, member, tick)
 
@@ -158,9 +164,13 @@ class TableWriter(Table):
         named = (words < 0) & (self._flat.take(places) != 0)
         gone, counts = np.unique(~words[named] & ((1 << PLACE_BITS) - 1), return_counts=True)
         for place, count in zip(gone.tolist(), counts.tolist(), strict=True):
-            self._holders[place] -= count
-            if not self._holders[place]:
-                self._free.append(place)
+            self._let_go(place, count)
+
+    def _let_go(self, place: int, keys: int) -> None:
+        """So many keys no longer name the bitmap."""
+        self._holders[place] -= keys
+        if not self._holders[place]:
+            self._free.append(place)
 
     # -- forgetting ---------------------------------------------------------------------------------------------
 

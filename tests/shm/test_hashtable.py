@@ -233,6 +233,26 @@ def test_forgets_but_never_invents_when_full(tmp_path_factory: pytest.TempPathFa
         assert TableWriter(shared)._holders == writer._holders
 
 
+@settings(max_examples=40)
+@given(steps=operations(many_keys), pool=st.sampled_from([1, 4, 64]))
+def test_the_twins_enter_the_same(tmp_path_factory: pytest.TempPathFactory, steps: Any, pool: int) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    one, other = (segment(folder / name, capacity=8 * WAYS, pool=pool) for name in ("one", "other"))
+    writer, by_itself = TableWriter(one), TableWriter(other)
+    by_itself._compiled = None
+    for tick, (name, what, member) in enumerate(steps, 1):
+        for either in (writer, by_itself):
+            either.add(keys(*what), member, tick * 50) if name == "add" else either.forget(what)
+        assert writer._holders == by_itself._holders
+        assert sorted(writer._free) == sorted(by_itself._free)
+    for block in ("cells", "sequence", "keys"):
+        assert one.array(block).tolist() == other.array(block).tolist(), block
+    for key in range(1, 201):
+        assert look(TableReader(one), key) == look(TableReader(other), key)
+    assert np.abs(one.array("uses") - other.array("uses")).max() <= 1  # exp differs by library
+
+
+@settings(max_examples=40)
 @given(steps=operations(many_keys), asked=st.lists(st.integers(1, 220), max_size=150))
 def test_the_twins_find_the_same(tmp_path_factory: pytest.TempPathFactory, steps: Any, asked: list[int]) -> None:
     shared = segment(tmp_path_factory.getbasetemp() / "twins", capacity=8 * WAYS, pool=4)
@@ -259,12 +279,18 @@ def test_the_compiled_twin_reads_and_writes_nothing_that_is_not_there(shared: Se
     assert reached.tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="int64"):
         table.find(np.zeros(3, dtype=np.int8), out, reached)
-    arrays = [shared.array(name[1:]) for name in ARRAYS]
-    for place in range(4):
+    arrays = [shared.array(name) for name in ("cells", *(name[1:] for name in ARRAYS))]
+    for place in range(6):
         with pytest.raises(ValueError, match="one table"):
             type(table)(*arrays[:place], arrays[place].reshape(-1)[:-1].copy(), *arrays[place + 1 :])
+    for member in (-1, 64 * 2):
+        with pytest.raises(ValueError, match="member"):
+            table.add(keys(1), member, 1)
+    with pytest.raises(ValueError, match="only read"):
+        TableReader(Segment.attach(shared.path))._compiled.add(keys(1), 1, 1)  # type: ignore[union-attr]  # as above
     shared.array("members")[:] = -1 << 62  # names a bitmap beyond the last
     assert table.find(keys(1), out, reached) == 0
+    assert table.add(keys(1), 1, 1) is None
 
 
 # -- killed at every store ---------------------------------------------------------------------------------
@@ -279,13 +305,21 @@ class Mortal(TableWriter):
 
     stores = FOREVER
 
+    def __init__(self, segment: Segment) -> None:
+        super().__init__(segment)
+        if self._compiled is not None:
+            self._compiled.before_store(self._store)
+
+    def _store(self) -> None:
+        if not self.stores:
+            raise Killed
+        self.stores -= 1
+
     def _put(self, cells: Any, where: Any, value: Any) -> None:
         if isinstance(where, tuple):
             cells, where = cells[:, where[1]], np.arange(len(cells))
         if np.ndim(where) == 0:
-            if not self.stores:
-                raise Killed
-            self.stores -= 1
+            self._store()
             super()._put(cells, where, value)
             return
         count = min(self.stores, len(where))
