@@ -46,8 +46,8 @@ sequence again, and takes a place for empty if its sequence moved or is odd, or 
 A bit set or cleared in a shared bitmap needs no more: it is true of every key that names the bitmap.
 These are store-store and load-load orders, which x86-64 keeps (see `shm.fence`).
 
-Where there was a compiler at installation, `_table.c` does the look-up, and enters keys whose sets take no new bitmap: the
-same loads and stores in the same order, several times cheaper.
+Where there was a compiler at installation, `_table.c` does the look-up, and enters keys whose sets take no new
+bitmap: the same loads and stores in the same order, several times cheaper.
 """
 
 from shm.hashtable.layout import HORIZON, MAX_MEMBERS, WAYS, blocks
