@@ -17,7 +17,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import zmq
 
@@ -26,8 +25,9 @@ from broker.errors import WireError
 from broker.port import Frames, Port
 from broker.types import Role
 from broker.worker import endpoints
-from broker.worker.link import Link, Load
-from broker.worker.outbox import STEP_BYTES, Delta, Outbox
+from broker.worker.calls import Call, Frontend, Runner
+from broker.worker.link import Link
+from broker.worker.outbox import STEP_BYTES, Delta
 from broker.worker.request import EngineError, Request
 
 log = logging.getLogger(__name__)
@@ -40,54 +40,6 @@ FORGET_AFTER_S = 60.0
 """A frontend that has been silent for this long and has nothing under way is forgotten."""
 SEND_MARK = 256
 """Step messages that may wait in ZMQ for one frontend; beyond it they gather in its outbox."""
-
-
-class Call:
-    """One request under way, and how to answer it: the handle for `emit`, `finish` and `fail`."""
-
-    __slots__ = ("ended", "frontend", "number", "request", "sequence")
-
-    def __init__(self, frontend: Frontend, number: int, request: Request) -> None:
-        self.frontend = frontend
-        self.number = number
-        """The frontend's number for it."""
-        self.request = request
-        self.sequence = 0
-        """Deltas emitted so far."""
-        self.ended = False
-        """Answered or aborted: `emit`, `finish` and `fail` do nothing any more."""
-
-    def __repr__(self) -> str:
-        return f"<Call {self.request.id} {self.sequence} deltas{' ended' if self.ended else ''}>"
-
-
-class Runner(Protocol):
-    """What runs the requests of an engine."""
-
-    def open(self, call: Call) -> None:
-        """A request for us. Raise `EngineError` to refuse it."""
-
-    def abort(self, call: Call) -> None:
-        """Nobody wants the answer any more; `call.ended` is already true. Called at most once, never after the end."""
-
-    def load(self) -> Load:
-        """The counts now."""
-
-
-class Frontend:
-    """What the engine knows of one frontend."""
-
-    def __init__(self, identity: bytes, incarnation: bytes, now: float) -> None:
-        self.identity = identity
-        self.heard = now
-        self.welcome = False
-        """It said hello in our version of the protocol."""
-        self.complained = False
-        """A bad frame of its was logged already."""
-        self.calls: dict[int, Call] = {}
-        self.outbox = Outbox(incarnation)
-        self.stalled = False
-        """The socket refused a message; a timer tries again."""
 
 
 class Engine:

@@ -25,7 +25,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from broker.types import Role
 from broker.worker.answer import Answer, Finish
-from broker.worker.engine import Call, Engine
+from broker.worker.calls import Call
+from broker.worker.engine import Engine
 from broker.worker.link import Load
 from broker.worker.request import EngineError, Request
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from broker.worker.engine import Call, Engine
+from broker.worker.calls import Call
+from broker.worker.engine import Engine
 from broker.worker.link import Load
 from broker.worker.request import EngineError
 from broker.worker.sim import pd
