@@ -48,6 +48,10 @@ REQUEST_PATH = (
     "frontend/upstream/http_connection.py",
     "frontend/upstream/http_pool.py",
     "frontend/upstream/http_response.py",
+    "frontend/upstream/zmq.py",
+    "frontend/upstream/zmq_call.py",
+    "frontend/upstream/zmq_peers.py",
+    "frontend/upstream/zmtp.py",
 )
 """Plain classes and functions. What inherits from a class of another library (`msgspec.Struct`, uvicorn's protocol)
 gains nothing, and msgspec cannot read what mypyc makes of annotations: such classes live in other modules."""

@@ -8,6 +8,7 @@ zmq_peers.py      the connections
 zmq_address.py    where they lead
 zmtp.py           ZeroMQ's protocol on them                                pure
 zmq_call.py       one request at one engine                                pure
+zmq_errors.py     what engines say of their errors                         pure
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class ZmqUpstream:
         self._next_id += 1
         number = self._next_id
         heard: Any = sink
-        call = self._calls[number] = ZmqCall(number, heard, hasattr(sink, "answer"), self, request.stream, self._bound)
+        whole = hasattr(sink, "answer")
+        call = ZmqCall(number, heard, self, self._bound, takes_whole=whole, stream=request.stream)
+        self._calls[number] = call
         try:
             if self._closed:
                 raise ConnectFailed("the frontend is closing")

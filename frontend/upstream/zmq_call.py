@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import msgspec
-
-from broker.errors import UNDECODABLE, ClientTooSlow, PenstockError, UpstreamBroken
+from broker.errors import ClientTooSlow, PenstockError, UpstreamBroken
 from broker.wire import CHUNK, DONE, ERROR
 from frontend.upstream.base import AnswerHead, Headers, WholeSink
+from frontend.upstream.zmq_errors import shown
 
 SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
 JSON: Headers = [(b"content-type", b"application/json")]
@@ -37,29 +36,32 @@ class Owner(Protocol):
         """It has ended and wants to hear no more."""
 
 
-class ZmqCall(msgspec.Struct, eq=False):
+class ZmqCall:
     """`Call` for whoever forwards. `_sink` is None once it has heard the end or wants to hear no more."""
 
-    id: int
-    _sink: WholeSink | None
-    """At least a `Sink`; the whole of it if it `takes_whole`."""
-    _takes_whole: bool
-    _owner: Owner
-    _stream: bool
-    _bound: int
-    """Bytes it may hold while paused."""
-    peer: object = None
-    """Whose deltas count; None until the request was sent."""
-    _next: int = 0
-    _parts: list[bytes] = []
-    _held_bytes: int = 0
-    _status: int = 200
-    _flows: bool = False
-    """Its answer has begun, and there is nothing else to say of it: the state of nearly every delta."""
-    _started: bool = False
-    _paused: bool = False
-    _done: bool = False
-    _error: PenstockError | None = None
+    def __init__(
+        self, number: int, sink: WholeSink, owner: Owner, bound: int, *, takes_whole: bool, stream: bool
+    ) -> None:
+        """`sink`: at least a `Sink`, the whole of a `WholeSink` if it `takes_whole`. `bound`: bytes it may hold while
+        paused."""
+        self.id = number
+        self.peer: object = None
+        """Whose deltas count; None until the request was sent."""
+        self._sink: WholeSink | None = sink
+        self._takes_whole = takes_whole
+        self._owner = owner
+        self._stream = stream
+        self._bound = bound
+        self._next = 0
+        self._parts: list[bytes] = []
+        self._held_bytes = 0
+        self._status = 200
+        self._flows = False
+        """Its answer has begun, and there is nothing else to say of it: the state of nearly every delta."""
+        self._started = False
+        self._paused = False
+        self._done = False
+        self._error: PenstockError | None = None
 
     def __repr__(self) -> str:
         if self._sink is None:
@@ -127,7 +129,7 @@ class ZmqCall(msgspec.Struct, eq=False):
         elif kind == ERROR:
             status = delta[4] if len(delta) > 4 else None
             if self._started or self._parts:
-                self._error = UpstreamBroken(f"the engine ended its answer with an error: {_shown(data)}")
+                self._error = UpstreamBroken(f"the engine ended its answer with an error: {shown(data)}")
             else:  # the engine's own answer, passed on like any other
                 self._status = status if type(status) is int and 400 <= status <= 599 else 502
                 self._stream = False
@@ -203,20 +205,3 @@ class ZmqCall(msgspec.Struct, eq=False):
             self._parts.clear()
             self.fail(ClientTooSlow(f"the client left more than {self._bound} bytes of its answer unread"), abort=True)
             self._owner.deliver_soon(self)
-
-
-class _Error(msgspec.Struct):
-    message: str
-
-
-class _Answer(msgspec.Struct):
-    error: _Error | str
-
-
-def _shown(data: bytes) -> str:
-    """The engine's words: of an error in OpenAI's form its message, so that no JSON is nested in ours."""
-    try:
-        error = msgspec.json.decode(data, type=_Answer).error
-    except UNDECODABLE:
-        return data[:200].decode("utf-8", "replace")
-    return (error if isinstance(error, str) else error.message)[:200]

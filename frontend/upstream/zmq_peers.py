@@ -25,29 +25,8 @@ MARK_BYTES = 16 * 1024 * 1024
 """Queued to one engine that does not read. Beyond it a request is refused, never dropped."""
 
 
-class Peer(asyncio.Protocol):
+class Peer:
     """One connection to one life of an engine. What is sent waits for the end of the turn, and until it is open."""
-
-    __slots__ = (
-        "_connecting",
-        "_is_stuck",
-        "_owner",
-        "_peers",
-        "_transport",
-        "_unsent",
-        "_unsent_bytes",
-        "aborts",
-        "complained",
-        "connected_at",
-        "heard_at",
-        "incarnation",
-        "is_broken",
-        "is_lost",
-        "reader",
-        "retired",
-        "url",
-        "welcomed",
-    )
 
     def __init__(self, url: str, incarnation: bytes, now: float, owner: Owner, peers: Peers) -> None:
         self.url = url
@@ -82,9 +61,12 @@ class Peer(asyncio.Protocol):
 
     async def _connect(self, address: Address, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            await address.connect(loop, lambda: self)
+            await address.connect(loop, self._protocol)
         except OSError as e:
             self._peers.lose(self, f"cannot connect to {self.url}: {e}")
+
+    def _protocol(self) -> asyncio.Protocol:
+        return cast("asyncio.Protocol", self)  # as loops see it; a plain class can be compiled
 
     def send(self, *pieces: bytes) -> None:
         """Frames, each behind its `zmtp.head`."""
@@ -134,6 +116,9 @@ class Peer(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._owner.heard(self, data)
+
+    def eof_received(self) -> None:
+        """Half a connection is of no use: `connection_lost` follows."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_broken = True
