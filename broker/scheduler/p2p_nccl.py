@@ -14,7 +14,8 @@ import msgspec
 
 from broker.errors import UNDECODABLE, PenstockError, WireError
 from broker.scheduler.collect import Errands
-from broker.scheduler.registration import Registration, parse
+from broker.scheduler.fields import parse
+from broker.scheduler.registration import Registration
 from broker.scheduler.registry import SECOND_NS, Registry
 from broker.scheduler.tally import Tally
 from broker.types import Connector, EngineKind

@@ -17,7 +17,8 @@ from broker.errors import PenstockError, Unhealthy
 from broker.faces import PENSTOCK, Event, face_of
 from broker.narrator import Narrator
 from broker.scheduler.collect import Collector
-from broker.scheduler.registration import Registration, parse, parse_body
+from broker.scheduler.fields import parse, parse_body
+from broker.scheduler.registration import Registration
 from broker.scheduler.registry import Member, Registry
 from broker.scheduler.tally import Tally
 from broker.table import SchedulerEvent

@@ -25,7 +25,7 @@ from broker import wire
 from broker.config import Config
 from broker.errors import PenstockError
 from broker.faces import face_of
-from broker.scheduler.registration import MOST_CAPACITY, from_hello
+from broker.scheduler.fields import MOST_CAPACITY, from_hello
 from broker.table import State
 from broker.types import Instance, LoadReport, Role
 

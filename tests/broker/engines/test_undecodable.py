@@ -5,7 +5,7 @@ import pytest
 from broker.engines.base import MODELS_PATH, Evidence
 from broker.engines.sglang import load_endpoints
 from broker.errors import BadRegistration
-from broker.scheduler.registration import parse_body
+from broker.scheduler.fields import parse_body
 
 BODIES = [b'{"data": [{"id": "\xff"}]}', b'{"kv_events": "\xff", "role": "\xff"}', b"[" * 5000, b"", b"\x00"]
 

@@ -13,7 +13,7 @@ from broker.config import Manager
 from broker.errors import Unhealthy
 from broker.scheduler import collect
 from broker.scheduler.collect import Collector, Errands
-from broker.scheduler.registration import parse
+from broker.scheduler.fields import parse
 from broker.types import EngineKind, Instance, LoadReport, Trust
 from tests.broker.scheduler.fake_engine import FakeEngine, vllm
 from tests.support.waiting import eventually
