@@ -129,18 +129,21 @@ def _saved(match: Match, depths: NDArray[np.int64]) -> Costs:
     """What each candidate need not compute again, in blocks at their prices, the request's own wait included.
 
     Prices are taken at `SAMPLES` places of the prompt, between which few requests part: over every block this took
-    half of a decision.
+    half of a decision. Of a large fleet few have any of it: they alone are looked at.
     """
     n = len(depths)
     fair_copies = n / (match.requests + UNSURE)
-    if (match.first_use - 1.0) * fair_copies <= 1.0 / COPIES or not (deepest := int(depths.max())):
+    holders = depths.nonzero()[0]
+    if (match.first_use - 1.0) * fair_copies <= 1.0 / COPIES or not len(holders):
         return depths.astype(np.float64) * (1.0 + BEHIND)  # one copy is enough of everything: the usual case
-    width = deepest / SAMPLES
+    theirs = depths.take(holders)
+    width = theirs.item(theirs.argmax()) / SAMPLES
     middles = (_MIDDLES * width).astype(np.int64)
     fair = np.maximum((match.uses(middles) - 1.0) * fair_copies, 1.0 / COPIES)
-    copies = n - np.add.accumulate(np.bincount(depths)).take(middles)
+    copies = len(holders) - np.add.accumulate(np.bincount(theirs)).take(middles)
     price = np.minimum(np.maximum(copies / fair - 1.0, 0.0) / (COPIES - 1.0), 1.0)
     worth = np.zeros(SAMPLES + 1)
     np.add.accumulate((1.0 + BEHIND * price) * width, out=worth[1:])
-    saved: Costs = np.interp(depths, _EDGES * width, worth)
+    saved = np.zeros(n)
+    saved[holders] = np.interp(theirs, _EDGES * width, worth)
     return saved

@@ -72,8 +72,9 @@ static void enter(Reach *r, Py_ssize_t word, uint64_t bits, int64_t stop) {
     }
 }
 
-/* Fills the ends of `at` and `uses`; returns how many keys were found, or -1 with an exception. */
-static Py_ssize_t look_up(Table *t, const int64_t *keys, Py_ssize_t count, int64_t *at, int64_t *uses, Reach *r) {
+/* Fills the ends of `at`, `places` and `moments`; returns how many keys were found, or -1 with an exception. */
+static Py_ssize_t look_up(Table *t, const int64_t *keys, Py_ssize_t count, int64_t *at, int64_t *places,
+                          int64_t *moments, Reach *r) {
     Py_ssize_t found = 0;
     int64_t entered = 0; /* the word that `r` knows already; 0 is the empty set */
     int64_t before[ROUND], place[ROUND];
@@ -101,18 +102,16 @@ static Py_ssize_t look_up(Table *t, const int64_t *keys, Py_ssize_t count, int64
                 if (key == keys[i]) {
                     place[i - start] = bucket * WAYS + way;
                     PREFETCH(&t->members[bucket * WAYS + way]);
-                    PREFETCH(&t->uses[bucket * WAYS + way]);
                     break;
                 }
             }
         }
         FENCE();
         for (Py_ssize_t i = stop - 1; i >= start; i--) {
-            int64_t where = place[i - start], word, use, again;
+            int64_t where = place[i - start], word, again;
             uint64_t bits[MOST_WORDS];
             if (where < 0) continue;
             LOAD(word, t->members[where]);
-            LOAD(use, t->uses[where]);
             if (word < 0 && word != entered) {
                 Py_ssize_t set = ~word & ((1 << PLACE_BITS) - 1);
                 if (set >= t->sets) continue;
@@ -127,7 +126,8 @@ static Py_ssize_t look_up(Table *t, const int64_t *keys, Py_ssize_t count, int64
             if (again != before[i - start]) continue; /* the place may have been another key's */
             found++;
             at[count - found] = i;
-            uses[count - found] = use;
+            places[count - found] = where;
+            moments[count - found] = again;
             if (word == entered) continue;
             entered = word;
             if (word < 0) {
@@ -160,11 +160,12 @@ static PyObject *find(Table *t, PyObject *const *arguments, Py_ssize_t given) {
     if (cells(arguments[1], &out, PyBUF_WRITABLE) < 0) goto release_keys;
     if (cells(arguments[2], &reach, PyBUF_WRITABLE) < 0) goto release_out;
     Py_ssize_t count = keys.len / 8;
-    if (out.len < 2 * keys.len) {
+    if (out.len < 3 * keys.len) {
         PyErr_SetString(PyExc_ValueError, "no room for what is found");
     } else {
         Reach r = {reach.buf, reach.len / 8, {0}};
-        found = look_up(t, keys.buf, count, out.buf, (int64_t *)out.buf + count, &r);
+        int64_t *at = out.buf;
+        found = look_up(t, keys.buf, count, at, at + count, at + 2 * count, &r);
     }
     PyBuffer_Release(&reach);
 release_out:
@@ -172,6 +173,56 @@ release_out:
 release_keys:
     PyBuffer_Release(&keys);
     return found < 0 ? NULL : PyLong_FromSsize_t(found);
+}
+
+/* Fills `out`; 0, or -1 with an exception. */
+static int fade_all(Table *t, const int64_t *places, const int64_t *moments, Py_ssize_t count, const int64_t *which,
+                    Py_ssize_t asked, int64_t tick, double *out) {
+    int64_t last_age = -1;
+    double faded = 0;
+    for (Py_ssize_t i = 0; i < asked; i++)
+        if (which[i] >= 0 && which[i] < count && places[which[i]] >= 0 && places[which[i]] < (t->mask + 1) * WAYS)
+            PREFETCH(&t->uses[places[which[i]]]);
+    for (Py_ssize_t i = 0; i < asked; i++) {
+        out[i] = 0;
+        if (which[i] < 0 || which[i] >= count) continue;
+        int64_t where = places[which[i]], use, moment;
+        if (where < 0 || where >= (t->mask + 1) * WAYS) continue;
+        LOAD(use, t->uses[where]);
+        FENCE();
+        LOAD(moment, t->sequence[where >> WAY_BITS]);
+        if (moment != moments[which[i]]) continue; /* it may be another key's by now */
+        int64_t age = tick - (use >> COUNT_BITS);
+        if (age != last_age) faded = age > 0 ? exp((double)age * (-1.0 / HORIZON)) : 1;
+        last_age = age;
+        out[i] = faded * (double)(use & COUNT_MASK) / COUNT_UNIT;
+    }
+    return 0;
+}
+
+static PyObject *uses(Table *t, PyObject *const *arguments, Py_ssize_t given) {
+    Py_buffer places, moments, which, out;
+    int done = -1;
+    if (given != 5) return PyErr_Format(PyExc_TypeError, "uses(places, moments, which, tick, out)");
+    int64_t tick = PyLong_AsLongLong(arguments[3]);
+    if (tick == -1 && PyErr_Occurred()) return NULL;
+    if (cells(arguments[0], &places, 0) < 0) return NULL;
+    if (cells(arguments[1], &moments, 0) < 0) goto release_places;
+    if (cells(arguments[2], &which, 0) < 0) goto release_moments;
+    if (cells(arguments[4], &out, PyBUF_WRITABLE) < 0) goto release_which;
+    if (places.len != moments.len || which.len != out.len)
+        PyErr_SetString(PyExc_ValueError, "places and moments, or questions and answers, of different lengths");
+    else
+        done = fade_all(t, places.buf, moments.buf, places.len / 8, which.buf, which.len / 8, tick, out.buf);
+    PyBuffer_Release(&out);
+release_which:
+    PyBuffer_Release(&which);
+release_moments:
+    PyBuffer_Release(&moments);
+release_places:
+    PyBuffer_Release(&places);
+    if (done < 0) return NULL;
+    Py_RETURN_NONE;
 }
 
 /* The word with a member more, as `_join_word` makes it; the word itself if it has it. 0 when it takes a bitmap. */
@@ -322,6 +373,7 @@ static PyObject *set_before_store(Table *t, PyObject *call) {
 
 static PyMethodDef methods[] = {
     {"find", (PyCFunction)(void (*)(void))find, METH_FASTCALL, "See _table.pyi."},
+    {"uses", (PyCFunction)(void (*)(void))uses, METH_FASTCALL, "See _table.pyi."},
     {"add", (PyCFunction)(void (*)(void))add, METH_FASTCALL, "See _table.pyi."},
     {"before_store", (PyCFunction)set_before_store, METH_O, "See _table.pyi."},
     {"before_load", (PyCFunction)set_before_load, METH_O, "See _table.pyi."},

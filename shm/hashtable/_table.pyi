@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shm.hashtable.layout import Vector
 
 class Table:
@@ -11,8 +14,11 @@ class Table:
         self, cells: Vector, sequence: Vector, keys: Vector, members: Vector, uses: Vector, pool: Vector, /
     ) -> None: ...
     def find(self, keys: Vector, out: Vector, reach: Vector, /) -> int:
-        """How many keys were found. Which ones, and their uses, stand at the ends of the two rows of `out`, each as
-        long as `keys`; `reach`, zeroed before, is what `Found.reach` says."""
+        """How many keys were found. `Found.at`, `places` and `moments` stand at the ends of the three rows of `out`,
+        each as long as `keys`; `reach`, zeroed before, is filled."""
+
+    def uses(self, places: Vector, moments: Vector, which: Vector, tick: int, out: NDArray[np.float64], /) -> None:
+        """Fills `out` with what `Found.uses` says."""
 
     def add(self, keys: Vector, member: int, tick: int, /) -> list[int] | None:
         """The bitmaps that keys which had to go named, one for each of them. None: nothing was stored, because a set

@@ -36,32 +36,49 @@ class Found(NamedTuple):
     """Which of them are in the table, rising."""
     reach: Vector
     """By member: index behind the last key whose set has it, 0 = none. At least as long as the table has members."""
-    raw_uses: Vector
-    """Of each key found, as stored."""
+    places: Vector
+    """Where each of them stands,"""
+    moments: Vector
+    """and what its bucket's sequence said then."""
     tick: int
     """Of the look-up."""
+    table: Table
+    """How often keys are used is looked up when it is asked for, which is rare, and of few of them."""
 
     @property
     def age(self) -> int:
         """Ticks since the last use of the last key found."""
-        return max(self.tick - (self.raw_uses.item(-1) >> COUNT_BITS), 0) if len(self.at) else 0
+        return max(self.tick - (self._use(-1) >> COUNT_BITS), 0) if len(self.at) else 0
 
     @property
     def first_use(self) -> float:
         """How often the first key found was used of late."""
         if not len(self.at):
             return 0.0
-        use: int = self.raw_uses.item(0)
+        use = self._use(0)
         return (use & COUNT_MASK) / COUNT_UNIT * math.exp(min((use >> COUNT_BITS) - self.tick, 0) / HORIZON)
 
     def uses(self, which: Vector) -> NDArray[np.float64]:
-        """How often these of the keys found were used of late, faded to now."""
-        uses = self.raw_uses.take(which)
+        """How often these of the keys found were used of late, faded to now. What has moved since counts as unused."""
+        table = self.table
+        if table._compiled is not None:
+            counts = np.empty(len(which))
+            table._compiled.uses(self.places, self.moments, which, self.tick, counts)
+            return counts
+        places = self.places.take(which)
+        uses = table._uses.take(places)
+        uses *= table._sequence.take(places >> _SHIFT) == self.moments.take(which)
         age = np.maximum(self.tick - (uses >> COUNT_BITS), 0)
         faded: NDArray[np.float64] = np.exp(age * (-1.0 / HORIZON))
         faded *= uses & COUNT_MASK
         faded *= 1.0 / COUNT_UNIT
         return faded
+
+    def _use(self, index: int) -> int:
+        """As stored, of one of the keys found; 0 if it has moved."""
+        table, place = self.table, self.places.item(index)
+        use: int = table._uses.item(place)
+        return use if table._sequence.item(place >> WAY_BITS) == self.moments.item(index) else 0
 
 
 class TableReader(Table):
@@ -72,7 +89,7 @@ class TableReader(Table):
         self._most = self._pool.shape[1] * 64
 
     def find(self, keys: Vector) -> Found:
-        """Those of `keys` that are in the table, how far the members of their sets reach, and their recent uses.
+        """Those of `keys` that are in the table, and how far the members of their sets reach.
 
         A key that is being moved at this moment counts as missing.
         """
@@ -80,9 +97,9 @@ class TableReader(Table):
         if self._compiled is None:
             return self._find(keys, reach)
         count = len(keys)
-        out = np.empty((2, count), dtype=np.int64)
-        missing = count - self._compiled.find(keys, out, reach)
-        return Found(out[0, missing:], reach, out[1, missing:], self.tick)
+        out = np.empty((3, count), dtype=np.int64)
+        at, places, moments = out[:, count - self._compiled.find(keys, out, reach) :]
+        return Found(at, reach, places, moments, self.tick, self)
 
     def _find(self, keys: Vector, reach: Vector) -> Found:
         """The Python twin: numpy per key, Python per run of equal sets.
@@ -94,7 +111,7 @@ class TableReader(Table):
         # The one place of each key, as an index into all of these rows: keys are never twice in a bucket.
         hits = (self._keys.take(buckets, axis=0) == keys[:, None]).reshape(-1).nonzero()[0]
         if not len(hits):
-            return Found(_NONE, reach, _NONE, self.tick)
+            return Found(_NONE, reach, _NONE, _NONE, self.tick, self)
         at = hits >> _SHIFT
         if len(at) < len(keys):
             buckets, before = buckets.take(at), before.take(at)
@@ -102,7 +119,6 @@ class TableReader(Table):
         places = buckets << _SHIFT
         places |= hits
         words = self._members.take(places)
-        uses = self._uses.take(places)
         ends, last = _runs(words)
         sets = {word: inline(word) if word >= 0 else self._pooled(word) for word in last}
         again = self._members.take(places) if min(last) < 0 else words
@@ -111,15 +127,15 @@ class TableReader(Table):
             # A bitmap may have been another set's when it was loaded, a place another key's.
             stood = (after == before) & (before & 1 == 0) & ((words >= 0) | (again == words))
             if not stood.all():
-                at, words, uses = at[stood], words[stood], uses[stood]
+                at, words, places, before = at[stood], words[stood], places[stood], before[stood]
                 if not len(at):
-                    return Found(_NONE, reach, _NONE, self.tick)
+                    return Found(_NONE, reach, _NONE, _NONE, self.tick, self)
                 ends, last = _runs(words)
         seen = 0
         for end, word in zip(reversed(ends), reversed(last), strict=True):
             _store(reach, sets[word] & ~seen, at.item(end) + 1)
             seen |= sets[word]
-        return Found(at, reach, uses, self.tick)
+        return Found(at, reach, places, before, self.tick, self)
 
     def _pooled(self, word: int) -> int:
         return int.from_bytes(self._pool[bitmap(word)].tobytes(), "little")

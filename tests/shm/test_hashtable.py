@@ -85,6 +85,16 @@ def test_uses_fade_with_the_ticks_of_others(shared: Segment) -> None:
     assert reader.find(keys(5)).uses(keys(0))[0] == pytest.approx(3 / np.e, rel=0.01)
 
 
+def test_what_moved_since_the_look_up_counts_as_unused(shared: Segment) -> None:
+    writer, reader = TableWriter(shared), TableReader(shared)
+    writer.add(keys(5, 6), 0, 7)
+    found = reader.find(keys(5, 6))
+    assert (found.uses(keys(0, 1)).tolist(), found.age) == ([1, 1], 0)
+    writer.expire(8)
+    writer.add(keys(6), 0, 9)
+    assert (found.uses(keys(0, 1)).tolist(), found.first_use) == ([0, 0], 0)
+
+
 def test_a_set_outgrows_its_word_and_stays_exact(shared: Segment) -> None:
     writer, reader = TableWriter(shared), TableReader(shared)
     for member in range(MEMBERS):
@@ -262,7 +272,14 @@ def test_the_twins_find_the_same(tmp_path_factory: pytest.TempPathFactory, steps
     found, expected = reader.find(keys(*asked)), reader._find(keys(*asked), np.zeros_like(reader.find(keys()).reach))
     assert found.at.tolist() == expected.at.tolist()
     assert reach(found) == reach(expected)
-    assert found.raw_uses.tolist() == expected.raw_uses.tolist()
+    assert found.places.tolist() == expected.places.tolist()
+    assert found.moments.tolist() == expected.moments.tolist()
+    every = np.arange(len(found.at))
+    counts = found.uses(every)
+    reader._compiled = None
+    assert counts.tolist() == pytest.approx(found.uses(every).tolist())
+    if len(every):
+        assert found.first_use == pytest.approx(counts[0])
 
 
 def test_the_compiled_twin_reads_and_writes_nothing_that_is_not_there(shared: Segment, twin: str) -> None:
@@ -273,8 +290,8 @@ def test_the_compiled_twin_reads_and_writes_nothing_that_is_not_there(shared: Se
     table = TableReader(shared)._compiled
     assert table is not None
     with pytest.raises(ValueError, match="room"):
-        table.find(keys(1, 2), keys(0, 0, 0), keys(0))
-    out, reached = keys(0, 0), keys(0, 0, 0)
+        table.find(keys(1, 2), keys(*range(5)), keys(0))
+    out, reached = keys(0, 0, 0), keys(0, 0, 0)
     assert table.find(keys(1), out, reached) == 1
     assert reached.tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="int64"):
@@ -291,6 +308,11 @@ def test_the_compiled_twin_reads_and_writes_nothing_that_is_not_there(shared: Se
     shared.array("members")[:] = -1 << 62  # names a bitmap beyond the last
     assert table.find(keys(1), out, reached) == 0
     assert table.add(keys(1), 1, 1) is None
+    counts = np.ones(4)
+    table.uses(keys(-1, 1 << 40, 0), keys(0, 0, -2), keys(-1, 0, 1, 7), 1, counts)
+    assert counts.tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="different lengths"):
+        table.uses(keys(1), keys(1, 2), keys(0), 1, counts)
 
 
 # -- killed at every store ---------------------------------------------------------------------------------
