@@ -38,6 +38,8 @@ BYTECODES_ROOM = 1.15
 """They repeat to the last one, so this is room for honest small changes only."""
 CPU_ROOM = 2.0
 """Runs on two cores shared with busy neighbours waver by a third."""
+TRIES = 4
+"""Of which the cheapest counts: what neighbours do to a run only ever adds."""
 
 
 def _request(it: whole.Whole) -> Work:
@@ -115,8 +117,12 @@ def test_bytecodes(what: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", WORKS)
 def test_cpu(what: str, tmp_path: Path) -> None:
     with work(what, tmp_path) as run:
-        measured = cpu_ratio(run, Reference(), times=1000 if what == "event" else 200)
-    judge(f"CPU of {what}", measured, CPU_ROOM * COSTS[what].cpu)
+        times, bound, measured = 1000 if what == "event" else 200, CPU_ROOM * COSTS[what].cpu, float("inf")
+        for _ in range(TRIES):
+            measured = min(measured, cpu_ratio(run, Reference(), times=times))
+            if measured <= bound:
+                break
+    judge(f"CPU of {what}", measured, bound)
 
 
 def test_the_yardstick_sees_doubled_work() -> None:
@@ -127,4 +133,4 @@ def test_the_yardstick_sees_doubled_work() -> None:
         reference()
 
     assert bytecode_ratio(twice, reference) == pytest.approx(2, rel=0.02)
-    assert 1.6 < cpu_ratio(twice, reference, times=200) < 2.5
+    assert any(1.6 < cpu_ratio(twice, reference, times=200) < 2.5 for _ in range(TRIES))

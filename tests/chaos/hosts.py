@@ -11,9 +11,9 @@ import psutil
 
 from tests.support.processes import Fleet
 from tests.support.redis import RedisServer
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
-RESTART_WITHIN = 30.0
+RESTART_WITHIN = PATIENCE_S
 
 
 class Host(Fleet):
@@ -33,7 +33,7 @@ class Host(Fleet):
             for process in everyone:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-        self.supervisor.popen.wait(10)
+        self.supervisor.popen.wait(PATIENCE_S)
 
     def restart(self) -> None:
         """Starts Penstock again; returns when it answers and its engines are there. Its output goes to a new file."""

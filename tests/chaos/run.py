@@ -13,7 +13,7 @@ from tests.chaos.hosts import Host, cluster
 from tests.chaos.load import Habits, Load
 from tests.chaos.verdict import Run, Verdict, judge
 from tests.support.redis import RedisServer
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 HOSTS, ENGINES, CAPACITY = 3, 2, 6
 OPEN = 70
@@ -24,7 +24,7 @@ WORDS = 60
 HABITS = Habits(priorities=("high", "normal", "normal", "normal", "low"), leave=0.05, twins=0.05)
 FLAGS = ("--speed", "0.5")
 END_WITHIN = 120.0
-CALM_WITHIN = 30.0
+CALM_WITHIN = PATIENCE_S
 
 
 def chaos(

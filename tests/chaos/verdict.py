@@ -12,11 +12,11 @@ from tests.chaos.blows import Blow, Kind
 from tests.chaos.load import Asked, Load
 from tests.support.client import Exchange, State
 
-SLACK_S = 1.0
+SLACK_S = 3.0
 """A connection may break this long after its frontend was killed: the machine is busy."""
-SURE_S = 0.5
+SURE_S = 1.5
 """Two requests of one client have begun to wait, or been granted, in a known order when that far apart: in between lie
-a connection and a frontend's turn."""
+a connection and a frontend's turn, of which a busy machine may make a second."""
 AGAIN_S = 4.0
 """After a scheduler is there again, until all that wait are in its line."""
 

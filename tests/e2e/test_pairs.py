@@ -28,7 +28,7 @@ CONNECTORS = {
 CONFIG = {
     "server": {"splitwise": True},
     "manager": {"health-check-interval-secs": 1},
-    "timeouts": {"first-byte-secs": 20},
+    "timeouts": {"first-byte-secs": 40},
 }
 
 

@@ -234,7 +234,7 @@ def test_waiting_is_bounded_in_number_and_in_time() -> None:
         (await engine.asked()).raw(DONE)
         assert (await ended(busy)).body == b"ok"
 
-    play(scene, connections=1, connect_secs=0.3)
+    play(scene, connections=1, connect_secs=1.0)
 
 
 def test_aborted_exchange_leaves_no_reader_to_the_collector() -> None:
@@ -303,7 +303,7 @@ def test_connect_timeout() -> None:
             assert isinstance(sink.error, ConnectFailed)
         assert all(pool.is_empty for pool in upstream._pools.values())
 
-    play(scene, connect_secs=0.3)
+    play(scene, connect_secs=1.0)
 
 
 # -- stale connections -------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_engine_that_does_not_welcome_is_connect_failed() -> None:
         (await engine.asked()).done(b"back")
         assert (await ended(sink)).body == b"back"
 
-    play(scene, connect_secs=0.3)
+    play(scene, connect_secs=1.0)
 
 
 def test_engine_of_another_protocol_is_connect_failed() -> None:
