@@ -12,7 +12,7 @@ import pytest
 from broker.worker.sim.text import Words, prompt_of
 from tests.chaos.blows import Blow, Kind
 from tests.chaos.load import Asked
-from tests.chaos.verdict import Run, Verdict, judge
+from tests.chaos.verdict import SLACK_S, Run, Verdict, judge
 from tests.support.client import State, chat
 
 WORDS = 5
@@ -157,7 +157,9 @@ def test_twins_are_told_apart_by_their_prompts(case: Case) -> None:
     assert len(case.judge().failures) == 2
 
 
-@pytest.mark.parametrize(("sent", "ended", "excused"), [(4.0, 6.0, True), (1.0, 4.9, False), (8.0, 9.0, False)])
+@pytest.mark.parametrize(
+    ("sent", "ended", "excused"), [(4.0, 6.0, True), (1.0, 4.9, False), (6.1 + SLACK_S, 11.0, False)]
+)
 def test_a_connection_may_break_only_with_its_process(case: Case, sent: float, ended: float, excused: bool) -> None:
     case.blow(Kind.FRONTEND, 5.0, 6.0)
     case.ask("a", state=State.BROKEN, sent_at=sent, ended_at=ended, runs=[])
