@@ -340,7 +340,7 @@ def test_a_kill_at_any_store_leaves_a_table_that_a_successor_can_use(tmp_path: P
     raise AssertionError(f"the action never ended; saw {outcomes}")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 @given(actions=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), max_size=40))
 def test_any_history_leaves_reader_and_writer_of_one_mind(tmp_path_factory: Any, actions: list[Any]) -> None:
     with Run(tmp_path_factory.mktemp("h"), slots=4) as run:

@@ -220,7 +220,7 @@ def test_an_instance_admitted_while_membership_is_looked_at_is_not_missed(run: R
     assert urls(run, run.reader.view(MIXED, None)) == ["http://a", "http://b"]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=80)
 @given(data=st.data())
 def test_any_history_of_looks_ends_with_the_truth(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
