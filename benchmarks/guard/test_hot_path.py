@@ -19,6 +19,7 @@ import pytest
 from benchmarks.guard import whole
 from benchmarks.guard.yardstick import Reference, Work, bytecode_ratio, cpu_ratio
 from benchmarks.test_lean import product_log
+from broker.wire import CHUNK, DONE
 
 
 class Cost(NamedTuple):
@@ -32,8 +33,11 @@ COSTS = {
     "request": Cost(bytecodes=3.13, cpu=6.8),
     "request with a new head": Cost(bytecodes=4.26, cpu=10.5),
     "event": Cost(bytecodes=0.166, cpu=0.22),
+    "native request": Cost(bytecodes=4.22, cpu=8.7),
+    "native event": Cost(bytecodes=0.78, cpu=0.70),
 }
-"""`request`: an unstreamed one, whose head and whose answer's are known. `event`: one more of a stream that is open."""
+"""`request`: an unstreamed one, whose head and whose answer's are known. `event`: one more of a stream that is open.
+`native`: at an engine that is asked over ZeroMQ; an event is a whole step there, and making it is in the figure."""
 BYTECODES_ROOM = 1.15
 """They repeat to the last one, so this is room for honest small changes only."""
 CPU_ROOM = 2.0
@@ -76,17 +80,42 @@ def _event(it: whole.Whole) -> Work:
     return event
 
 
+def _native_request(it: whole.Whole) -> Work:
+    data = whole.request(whole.WHOLE)
+
+    def ask() -> None:
+        it.step(it.ask(data), 0, DONE, whole.ANSWER_BODY)
+        assert it.heard().endswith(whole.ANSWER_BODY)
+
+    return ask
+
+
+def _native_event(it: whole.Whole) -> Work:
+    engine = it.ask(whole.request(whole.STREAMED))
+    it.step(engine, 0, CHUNK, whole.EVENT)
+    assert whole.EVENT in it.heard()
+    sequences = itertools.count(1)
+
+    def event() -> None:
+        it.step(engine, next(sequences), CHUNK, whole.EVENT)
+        it.client.sent.clear()
+
+    return event
+
+
 WORKS: dict[str, Callable[[whole.Whole], Work]] = {
     "request": _request,
     "request with a new head": _request_with_a_new_head,
     "event": _event,
+    "native request": _native_request,
+    "native event": _native_event,
 }
 
 
 @contextlib.contextmanager
 def work(what: str, path: Path) -> Iterator[Work]:
     """No fixture: pytest's own log handlers would come on top of the product's."""
-    with product_log(path), whole.frontend(path) as it:
+    with product_log(path), whole.frontend(path, native=what.startswith("native")) as it:
         yield WORKS[what](it)
 
 
@@ -117,7 +146,7 @@ def test_bytecodes(what: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", WORKS)
 def test_cpu(what: str, tmp_path: Path) -> None:
     with work(what, tmp_path) as run:
-        times, bound, measured = 1000 if what == "event" else 200, CPU_ROOM * COSTS[what].cpu, float("inf")
+        times, bound, measured = 1000 if what.endswith("event") else 200, CPU_ROOM * COSTS[what].cpu, float("inf")
         for _ in range(TRIES):
             measured = min(measured, cpu_ratio(run, Reference(), times=times))
             if measured <= bound:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from broker import batched
+from broker import batched, wire
 from broker.types import EngineKind, Instance, Role
 from frontend.admission import Admission
 from frontend.api import Inference
@@ -30,9 +30,13 @@ from frontend.lean import Lean
 from frontend.upstream.http import HttpUpstream
 from frontend.upstream.http_connection import Connection as EngineConnection
 from frontend.upstream.http_pool import Pool
+from frontend.upstream.zmq import ZmqUpstream
+from frontend.upstream.zmq_peers import Peer
+from frontend.upstream.zmtp import GREETING, head, ready
 from tests.support.table import Run
 
 INSTANCES = 4
+INCARNATION = bytes(range(16, 32))
 TEXT = b"some words " * 85
 STREAMED = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}],"stream":true}' % TEXT
 WHOLE = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}]}' % TEXT
@@ -83,18 +87,37 @@ class Transport:
     def abort(self) -> None: ...
 
 
+class Turns:
+    """In the place of a loop, as the native transport uses one; the guard says when a turn is made."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.time = loop.time
+        self.call_later = loop.call_later
+        self._due: list[Callable[[], object]] = []
+        self.call_soon = self._due.append
+
+    def run(self) -> None:
+        while self._due:
+            self._due.pop()()
+
+
 class Whole:
     """One frontend, one client's connection, and one kept connection to each of its engines."""
 
-    def __init__(self, path: Path, policy: str) -> None:
-        """On a running loop."""
+    def __init__(self, path: Path, policy: str, *, native: bool) -> None:
+        """On a running loop. `native`: the engines are."""
         self.loop = loop = asyncio.get_running_loop()
         self.run = Run(path, slots=64, frontends=4)
         scheduler = msgspec.structs.replace(self.run.config.scheduler, policy=policy)
         config = msgspec.structs.replace(self.run.config, scheduler=scheduler)
-        self.urls = [f"http://10.0.0.{i}:8000" for i in range(INSTANCES)]
-        for url in self.urls:
-            instance = Instance(url=url, models=("tiny",), role=Role.MIXED, engine=EngineKind.OPENAI)
+        urls = [f"http://10.0.0.{i}:8000" for i in range(INSTANCES)]
+        instances = [Instance(url=url, models=("tiny",), role=Role.MIXED, engine=EngineKind.OPENAI) for url in urls]
+        if native:
+            kind, name = EngineKind.NATIVE, INCARNATION
+            instances = [
+                msgspec.structs.replace(i, url="tcp" + i.url[4:], engine=kind, incarnation=name) for i in instances
+            ]
+        for instance in instances:
             self.run.writer.admit(instance, self.run.clock())
         self.counters = self.run.frontend(0)
         breaker = Breaker(config.upstream.breaker_failures, config.upstream.breaker_secs)
@@ -102,11 +125,17 @@ class Whole:
         admission = Admission(config, self.run.reader, dispatcher, self.counters, 1, loop, lambda _: True)
 
         self.http = HttpUpstream(config)
-        self.forwarder = Forwarder(config, admission, self.counters, self.http, self.http, loop, time.monotonic)
+        self.native = ZmqUpstream(config)
+        self._turns = Turns(loop)
+        self.native._loop = cast("asyncio.AbstractEventLoop", self._turns)
+        self.forwarder = Forwarder(config, admission, self.counters, self.http, self.native, loop, time.monotonic)
         inference = Inference(config, self.forwarder)
-        self.engines: list[tuple[EngineConnection, Transport]] = []
-        for url in self.urls:
-            self._connect_engine(url)
+        self.engines: list[tuple[EngineConnection | Peer, Transport]] = []
+        for instance in instances:
+            if native:
+                self._connect_native(instance)
+            else:
+                self._connect_engine(instance.url)
         self.state = ServerState()
         self.state.default_headers = [(b"date", b"Sun, 22 Nov 2026 08:00:00 GMT")]
         uconfig = uvicorn.Config(cast("Any", inference), ws="none", lifespan="off", log_config=None, access_log=False)
@@ -126,9 +155,28 @@ class Whole:
         pool.spare(connection)
         self.engines.append((connection, transport))
 
-    def ask(self, data: bytes) -> EngineConnection:
+    def _connect_native(self, instance: Instance) -> None:
+        peer = self.native._peers.at(instance)
+        assert peer._connecting is not None
+        peer._connecting.cancel()
+        transport = Transport()
+        peer.connection_made(cast("asyncio.Transport", transport))
+        welcome = wire.encode(wire.DataWelcome(wire.PROTOCOL, INCARNATION))
+        peer.data_received(GREETING + ready(b"") + head(len(welcome)) + welcome)
+        self._turns.run()
+        transport.sent.clear()
+        self.engines.append((peer, transport))
+
+    def step(self, engine: EngineConnection | Peer, sequence: int, kind: int, data: bytes) -> None:
+        """A native engine says something of the last request."""
+        step = wire.encode([wire.STEP_TAG, INCARNATION, [[self.native._next_id, sequence, kind, data]]])
+        engine.data_received(head(len(step)) + step)
+        self._turns.run()
+
+    def ask(self, data: bytes) -> EngineConnection | Peer:
         """The client sends a request; the connection to the engine that got it."""
         self.connection.data_received(data)
+        self._turns.run()
         for connection, transport in self.engines:
             if transport.sent:
                 transport.sent.clear()
@@ -142,16 +190,17 @@ class Whole:
 
     def close(self) -> None:
         self.connection.connection_lost(None)
+        self.native.close()
         self.idle.close()
         self.run.__exit__()
 
 
 @contextlib.contextmanager
-def frontend(path: Path, policy: str = "round_robin") -> Iterator[Whole]:
+def frontend(path: Path, policy: str = "round_robin", *, native: bool = False) -> Iterator[Whole]:
     """Lines of the log are gathered as in service; the handlers are the caller's."""
 
     async def made() -> Whole:
-        return Whole(path, policy)
+        return Whole(path, policy, native=native)
 
     loop = uvloop.new_event_loop()
     batched.start(loop)
