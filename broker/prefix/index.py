@@ -34,10 +34,10 @@ TOLD_EVERY = 16
 TOLD = 1 << 16
 """Such blocks remembered, some 8 MiB."""
 REPEAT_S = 60.0
-"""What an instance has been sent is told again after this time at the latest: the table forgets what is old."""
+"""What an instance has been sent is told again after this time, unless the settings say otherwise."""
 REPEAT_PART = 8
-"""And when this part of the table has been given to others, or this part of the time is over after which the table
-forgets: what is in use must not look old."""
+"""That is, when this part of the time is over after which the table forgets, or when this part of the table has been
+given to others: what is in use must not look old."""
 
 
 class Match(msgspec.Struct, frozen=True, gc=False):
@@ -158,7 +158,7 @@ class PrefixIndex:
             frontend,
             block=scheduler.cache_block_size,
             limit=scheduler.prefix_blocks_per_prompt,
-            repeat_s=min(REPEAT_S, scheduler.eviction_duration_mins * 60 / REPEAT_PART),
+            repeat_s=scheduler.eviction_duration_mins * 60 / REPEAT_PART,
         )
 
     def match(self, request: RouteRequest) -> Match:
