@@ -54,4 +54,4 @@ def test_the_interpreter_is_the_supervisors_own() -> None:
     child = child_running(f"import sys; sys.exit(sys.executable != {sys.executable!r})")
     child.start(1, [], now=0.0)
     assert child.process is not None
-    assert child.process.wait(20) == 0
+    assert child.process.wait(60) == 0

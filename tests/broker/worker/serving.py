@@ -10,7 +10,7 @@ from typing import Any, Self
 from broker.worker import Request
 from broker.worker.serve import Generate, serve_async
 from tests.support.raw_native import RawFrontend, RawPenstock
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 
 class Served:
@@ -37,7 +37,7 @@ class Served:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(PATIENCE_S)
         self.hello = self._penstock.accept(self._epoch)
         self.incarnation: bytes = self.hello[2]
         self.endpoint: str = self.hello[3]
@@ -45,7 +45,7 @@ class Served:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self._thread.join(20)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the engine has not ended"
         if self._failure is not None:
             raise self._failure
