@@ -6,7 +6,7 @@ Built by `broker.view.TableReader` whenever membership has changed, and kept unt
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,10 @@ from broker.types import Instance
 
 Vector = NDArray[np.int64]
 
-FIRST = int(Column.TRUST)
-_LOAD_COLUMNS = slice(FIRST, Column.IN_FLIGHT_THEN + 1)
+FIRST: Final = int(Column.TRUST)
+_LOAD_COLUMNS: Final = slice(FIRST, Column.IN_FLIGHT_THEN + 1)
 """The columns that a view shows."""
-_NEVER = 2**63 - 1
+_NEVER: Final = 2**63 - 1
 
 
 class Entry(NamedTuple):

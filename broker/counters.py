@@ -20,6 +20,7 @@ import os
 from bisect import bisect_left
 from enum import IntEnum
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,10 +112,13 @@ class Histogram(IntEnum):
     QUEUE_WAIT = 2  # of the requests that waited for room
 
 
-BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+BOUNDS_S: tuple[float, ...] = (
+    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
+    *(2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+)
 """Upper bounds of the buckets; one more takes the rest, and one column the sum in microseconds."""
 
-_BUCKETS = len(BOUNDS_S) + 1
+_BUCKETS: Final = len(BOUNDS_S) + 1
 TOTALS = (
     *(column.name for column in TotalColumn),
     *(
@@ -154,7 +158,7 @@ def histogram_column(histogram: Histogram) -> int:
     return len(TotalColumn) + histogram * (_BUCKETS + 1)
 
 
-_FIRST = tuple(histogram_column(histogram) for histogram in Histogram)
+_FIRST: Final = [histogram_column(histogram) for histogram in Histogram]
 
 
 def counters_layout(frontends: int, slots: int) -> Layout:
@@ -222,7 +226,9 @@ _IN_FLIGHT = (
 """In the order of loading."""
 
 
-_FINISHED, _STARTED = int(CounterColumn.FINISHED), int(CounterColumn.STARTED)  # numpy is slow to take an enum
+# numpy is slow to take an enum.
+_FINISHED: Final = int(CounterColumn.FINISHED)
+_STARTED: Final = int(CounterColumn.STARTED)
 
 
 class CountersReader:

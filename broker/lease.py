@@ -17,18 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from broker.counters import CounterColumn
 from shm import fence
 from shm.cells import CounterRow
 
-_STARTED = int(CounterColumn.STARTED)
-_FINISHED = int(CounterColumn.FINISHED)
-_TOKENS_STARTED = int(CounterColumn.TOKENS_STARTED)
-_TOKENS_FINISHED = int(CounterColumn.TOKENS_FINISHED)
-_WITHDRAWN = int(CounterColumn.WITHDRAWN)
-_TOKENS_WITHDRAWN = int(CounterColumn.TOKENS_WITHDRAWN)
+_STARTED: Final = int(CounterColumn.STARTED)
+_FINISHED: Final = int(CounterColumn.FINISHED)
+_TOKENS_STARTED: Final = int(CounterColumn.TOKENS_STARTED)
+_TOKENS_FINISHED: Final = int(CounterColumn.TOKENS_FINISHED)
+_WITHDRAWN: Final = int(CounterColumn.WITHDRAWN)
+_TOKENS_WITHDRAWN: Final = int(CounterColumn.TOKENS_WITHDRAWN)
 
 
 class Slots(Protocol):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 from broker.table import Column, QueueColumn
 from broker.types import EngineKind
@@ -31,7 +32,7 @@ FULL_REPORTS = 2
 STEP = 4
 """An instance of unknown capacity may grow by a fourth of what it had at its last report."""
 
-_CAPACITY = int(Column.CAPACITY)
+_CAPACITY: Final = int(Column.CAPACITY)
 
 
 class Saturation:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -48,10 +49,10 @@ from shm.seqlock import RowReader
 
 __all__ = ["Entry", "TableReader", "View"]
 
-_READY = int(State.READY)
-_STATES = list(State)
-_HOLDS = np.array([state in HOLDS_INSTANCE for state in State])
-_ALIVE_NS = int(6 * BEAT_S * 1e9)
+_READY: Final = int(State.READY)
+_STATES: Final = list(State)
+_HOLDS: Final = np.array([state in HOLDS_INSTANCE for state in State])
+_ALIVE_NS: Final = int(6 * BEAT_S * 1e9)
 """The scheduler counts as alive this long after its last beat."""
 
 

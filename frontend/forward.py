@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -63,7 +63,8 @@ QUEUE_MS = b"x-penstock-queue-ms"
 """Tells a client whose request waited for room how long it did."""
 
 
-_OPENED, _CLOSED = int(TotalColumn.STREAMS_OPENED), int(TotalColumn.STREAMS_CLOSED)
+_OPENED: Final = int(TotalColumn.STREAMS_OPENED)
+_CLOSED: Final = int(TotalColumn.STREAMS_CLOSED)
 
 
 class State(Enum):
@@ -76,8 +77,12 @@ class State(Enum):
 
 
 # Looked at for every request or chunk, and a member of an enum costs more than what is done with it.
-_TRYING, _FLOWING, _ENDED, _DONE = State.TRYING, State.FLOWING, State.ENDED, Outcome.DONE
-_FIRST_TOKEN, _DURATION = Histogram.FIRST_TOKEN, Histogram.DURATION
+_TRYING: Final = State.TRYING
+_FLOWING: Final = State.FLOWING
+_ENDED: Final = State.ENDED
+_DONE: Final = Outcome.DONE
+_FIRST_TOKEN: Final = Histogram.FIRST_TOKEN
+_DURATION: Final = Histogram.DURATION
 
 
 class Forward:

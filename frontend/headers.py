@@ -6,22 +6,23 @@ import os
 import random
 import re
 from collections.abc import Iterable
+from typing import Final
 
 from frontend.upstream.base import HOP_BY_HOP, Headers
 
 REQUEST_ID = b"x-request-id"
 
 # Ours to say on the engine's connection. `expect` has been answered here: the body is already read.
-_NOT_FORWARDED_BUT_ID = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
-_NOT_FORWARDED = _NOT_FORWARDED_BUT_ID | {REQUEST_ID}
+_NOT_FORWARDED_BUT_ID: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+_NOT_FORWARDED: Final = _NOT_FORWARDED_BUT_ID | {REQUEST_ID}
 # Ours to say on the client's connection: the server adds its own date.
-_NOT_RETURNED_BUT_ID = HOP_BY_HOP | {b"date"}
-_NOT_RETURNED = _NOT_RETURNED_BUT_ID | {REQUEST_ID}
+_NOT_RETURNED_BUT_ID: Final = HOP_BY_HOP | {b"date"}
+_NOT_RETURNED: Final = _NOT_RETURNED_BUT_ID | {REQUEST_ID}
 
-_draw = random.Random(os.urandom(32)).getrandbits
+_draw: Final = random.Random(os.urandom(32)).getrandbits
 """Names need to differ, not to be secret; asking the system for each cost four times as much."""
 
-_ID = re.compile(rb"[A-Za-z0-9._:/@+=,-]{1,256}")
+_ID: Final = re.compile(rb"[A-Za-z0-9._:/@+=,-]{1,256}")
 
 
 def own_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -14,7 +14,7 @@ Bought: about half of what a small request cost (docs/performance.md, section 6)
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 Head = TypeVar("Head")
 
@@ -24,10 +24,10 @@ request) learns for nothing, and bounds this."""
 MOST_BYTES = 4096
 """Of one head."""
 
-_END = b"\r\n\r\n"
-_LENGTH = b"\r\nContent-Length: "
-_LOWER_LENGTH = b"\r\ncontent-length: "
-_AFTER = len(_LENGTH)
+_END: Final = b"\r\n\r\n"
+_LENGTH: Final = b"\r\nContent-Length: "
+_LOWER_LENGTH: Final = b"\r\ncontent-length: "
+_AFTER: Final = len(_LENGTH)
 
 
 class KnownHeads(Generic[Head]):

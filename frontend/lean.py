@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
@@ -33,10 +33,10 @@ from frontend.upstream.base import AnswerHead, Headers
 
 logger = logging.getLogger("frontend")
 
-_UNTIL_CLOSE = -1
+_UNTIL_CLOSE: Final = -1
 """Instead of a length: HTTP/1.0 knows no chunks, so the connection's end is the body's."""
-_BODILESS = frozenset((204, 304))
-_OK = STATUS_LINE[200]
+_BODILESS: Final = frozenset((204, 304))
+_OK: Final = STATUS_LINE[200]
 
 
 NOT_INFERENCE = b"/v1/abort_requests"

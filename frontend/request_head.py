@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from frontend import headers
 from frontend.upstream.base import Forms, Headers
 
 EXPLAIN = b"x-penstock-explain"
-_OPAQUE = (b"multipart/", b"audio/", b"image/", b"video/", b"application/octet-stream")
+_OPAQUE: Final = (b"multipart/", b"audio/", b"image/", b"video/", b"application/octet-stream")
 """Bodies that are forwarded unread, as the audio routes take them; their model is not known."""
-_ALWAYS_JSON = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/embeddings"))
+_ALWAYS_JSON: Final = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/embeddings"))
 
 
 class RequestHead(msgspec.Struct, frozen=True, eq=False):

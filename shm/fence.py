@@ -24,10 +24,11 @@ from __future__ import annotations
 import platform
 import sys
 from _thread import allocate_lock
+from typing import Final
 
-_lock = allocate_lock()
-_acquire = _lock.acquire
-_release = _lock.release
+_lock: Final = allocate_lock()
+_acquire: Final = _lock.acquire
+_release: Final = _lock.release
 
 REFUSAL = (
     "this CPU ({machine}) may reorder loads and stores in ways that Python cannot forbid: "

@@ -13,7 +13,7 @@ No task, future or timer per request, unless a connection must be opened or wait
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 from broker.config import Config
 from broker.errors import BadRequest, ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
@@ -24,7 +24,7 @@ from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, 
 from frontend.upstream.http_connection import Connection
 from frontend.upstream.http_pool import IDLE_S, Pool
 
-_NOT_SENT = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+_NOT_SENT: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 """Ours to say, or already served: the body follows at once, so there is nothing to expect."""
 
 

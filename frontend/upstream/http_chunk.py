@@ -7,10 +7,11 @@ part of one, the last one, extensions) is the parser's.
 from __future__ import annotations
 
 import re
+from typing import Final
 
-_SIZE = re.compile(rb"[0-9a-fA-F]{1,7}")
-_MOST = 4096
-_sizes: dict[bytes, int] = {}
+_SIZE: Final = re.compile(rb"[0-9a-fA-F]{1,7}")
+_MOST: Final = 4096
+_sizes: Final[dict[bytes, int]] = {}
 """Size lines that were read before: tokens are alike."""
 
 

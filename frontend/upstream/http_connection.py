@@ -65,8 +65,8 @@ class Owner(Protocol):
         """It is closed, and nothing of an answer is held in it. Told once; not when the dial did not succeed."""
 
 
-class Connection(asyncio.Protocol):
-    """Owned by its pool from the dial to `gone`; busy while `exchange` is set."""
+class Connection:
+    """Owned by its pool from the dial to `gone`; busy while `exchange` is set. An `asyncio.Protocol` by its methods."""
 
     __slots__ = (
         "_answered",
@@ -208,6 +208,11 @@ class Connection(asyncio.Protocol):
         self._owner.spare(self)
         exchange.answer(*known)
         return True
+
+    def pause_writing(self) -> None:
+        """The rest of a request waits in the transport; there is no more of it than was read from the client."""
+
+    def resume_writing(self) -> None: ...
 
     def eof_received(self) -> None:
         if self.exchange is not None and self._answered:

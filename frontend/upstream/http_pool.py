@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
-from typing import Protocol
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 from broker.errors import ConnectFailed, EngineSaturated, PenstockError
@@ -188,7 +188,8 @@ class Pool:
         """The one task there is, once per new connection; the request is sent by `connection_made` already."""
         try:
             address, tls = self.address, trusted() if self.address.is_encrypted else None
-            await self._loop.create_connection(lambda: connection, address.host, address.port, ssl=tls)
+            protocol = cast("asyncio.Protocol", connection)
+            await self._loop.create_connection(lambda: protocol, address.host, address.port, ssl=tls)
         except (OSError, UnicodeError, ValueError) as e:  # refused, unreachable, unknown or impossible name
             exchange = connection.exchange
             connection.exchange = None
