@@ -13,7 +13,7 @@ conversation carries. Decoding validates: a frame of the wrong shape raises `Wir
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -365,12 +365,14 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=81):
     incarnation: bytes
 
 
-STEP_TAG = 82
+STEP_TAG: Final = 82
 """`[82, incarnation, [delta, ...]]`: what one engine step produced for one frontend. A delta is
 `[id, sequence, kind, data]` with `sequence` counting from 0 per request, and for ERROR a fifth value, the
 HTTP status. Deltas are the hot path and are read as plain lists, checked field by field (`read_step`)."""
 
-CHUNK, DONE, ERROR = 0, 1, 2
+CHUNK: Final = 0
+DONE: Final = 1
+ERROR: Final = 2
 """Kinds of delta. CHUNK: bytes for the client as they are (ready-made SSE when streaming). DONE: the last
 bytes, possibly none. ERROR: a JSON error body; ends the request."""
 

@@ -18,7 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -40,13 +40,13 @@ from frontend.upstream.zmtp import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 
-BATCH = 256
+BATCH: Final = 256
 """Messages of one engine understood in one turn of the loop; clients' sockets get their turn in between."""
 
-_NOT_SENT = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding"}
+_NOT_SENT: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding"}
 """Headers that mean nothing to an engine which reads the body from a frame and never compresses."""
 
-_decode = msgspec.msgpack.Decoder(list).decode
+_decode: Final = msgspec.msgpack.Decoder(list).decode
 
 
 @dataclass(slots=True)

@@ -9,15 +9,15 @@ paused holds its bytes, up to a bound.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from broker.errors import ClientTooSlow, PenstockError, UpstreamBroken
 from broker.wire import CHUNK, DONE, ERROR
 from frontend.upstream.base import AnswerHead, Headers, WholeSink
 from frontend.upstream.zmq_errors import shown
 
-SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-JSON: Headers = [(b"content-type", b"application/json")]
+SSE: Final[Headers] = [(b"content-type", b"text/event-stream; charset=utf-8")]
+JSON: Final[Headers] = [(b"content-type", b"application/json")]
 
 
 class Owner(Protocol):

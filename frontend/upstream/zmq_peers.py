@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from broker import wire
 from broker.errors import ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
@@ -21,7 +21,7 @@ from broker.types import Instance
 from frontend.upstream import zmtp
 from frontend.upstream.zmq_address import Address
 
-MARK_BYTES = 16 * 1024 * 1024
+MARK_BYTES: Final = 16 * 1024 * 1024
 """Queued to one engine that does not read. Beyond it a request is refused, never dropped."""
 
 

@@ -11,15 +11,19 @@ https://rfc.zeromq.org/spec/23 and 37. Why this and not libzmq: zmq_peers.py.
 
 from __future__ import annotations
 
+from typing import Final
+
 from broker.errors import UpstreamBroken, WireError
 
-MAX_MESSAGE_BYTES = 128 * 1024 * 1024
+MAX_MESSAGE_BYTES: Final = 128 * 1024 * 1024
 
-_MORE, _LONG, _COMMAND = 1, 2, 4
-_GREETING_BYTES = 64
-_SIGNATURE = b"\xff\0\0\0\0\0\0\0\0\x7f"
-_NULL = b"NULL".ljust(20, b"\0")
-GREETING = _SIGNATURE + b"\3\1" + _NULL + bytes(32)
+_MORE: Final = 1
+_LONG: Final = 2
+_COMMAND: Final = 4
+_GREETING_BYTES: Final = 64
+_SIGNATURE: Final = b"\xff\0\0\0\0\0\0\0\0\x7f"
+_NULL: Final = b"NULL".ljust(20, b"\0")
+GREETING: Final = _SIGNATURE + b"\3\1" + _NULL + bytes(32)
 """Version 3.1, and: we are no server of the mechanism."""
 
 

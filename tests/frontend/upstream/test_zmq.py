@@ -352,9 +352,8 @@ def test_oversized_headers_are_refused() -> None:
     play(scene)
 
 
-def test_engine_at_its_mark_is_saturated_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_at_its_mark_is_saturated_and_nothing_is_lost() -> None:
     """Whatever was accepted is answered; whatever was not, said so."""
-    monkeypatch.setattr("frontend.upstream.zmq_peers.MARK_BYTES", 4_000_000)
 
     async def scene(upstream: ZmqUpstream, engine: ZmqEngine) -> None:
         engine.on_request = ZmqAsked.done
