@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import signal
 from pathlib import Path
@@ -29,6 +31,7 @@ def main() -> None:
     log.setup(settings.log, f"frontend-{given.index}", face_of(settings))
     files.allow_most()
     tame_collector()
+    tame_allocator()
     uvloop.run(serve(given.run_dir, settings, given.index, given.life, given.listen_fd, given.ready_fd, given.alive_fd))
 
 
@@ -39,6 +42,20 @@ def tame_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def tame_allocator() -> None:
+    """Memory of bodies is kept for the next ones, up to 8 MiB. glibc gives the top of its heap back when 128 KiB of it
+    are free and asks for it again at once: with bodies of 32 KiB one to six page faults a request, now one in a
+    hundred."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc, which has other ways
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(M_TRIM_THRESHOLD, 8 << 20)
+        set_option(M_TOP_PAD, 1 << 20)
+        set_option(M_MMAP_THRESHOLD, 1 << 20)
 
 
 if __name__ == "__main__":
