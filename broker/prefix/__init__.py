@@ -14,8 +14,9 @@ The table may lose any block of a prompt, since it evicts by bucket. A key stand
 instance has been sent as much as the deepest of its keys says, whatever is missing before.
 """
 
-from broker.prefix.index import Match, PrefixIndex
+from broker.prefix.index import PrefixIndex
 from broker.prefix.layout import PREFIX, create_prefix, prefix_layout, run_layout
+from broker.prefix.match import Match
 from broker.prefix.writer import PrefixWriter
 
 __all__ = ["PREFIX", "Match", "PrefixIndex", "PrefixWriter", "create_prefix", "prefix_layout", "run_layout"]
