@@ -154,7 +154,8 @@ class ZmqUpstream:
     def heard(self, peer: Peer, data: bytes) -> None:
         peer.heard_at = self._loop.time()
         peer.reader.feed(data)
-        self._read(peer)
+        if peer not in self._unread:
+            self._read(peer)
         self.turn_soon()
 
     def broke(self, peer: Peer) -> None:

@@ -3,10 +3,9 @@
 A connection is a life: it is made once, under a name of its own, and never silently made again, because what was sent
 or on its way when it broke is lost, and a request lost without a word would wait for ever.
 
-They are sockets of the event loop that speak ZeroMQ's own protocol (zmtp.py). Through libzmq, every message that is
-sent to a thread at rest wakes its I/O thread, which takes the core from us for one message, and every look at its
-socket is a system call or two: 23 of the 73 us of an unstreamed request. Here those of one turn are one write, and
-what an engine has sent meanwhile is one read (`make bench-peers`, ns32).
+They are sockets of the event loop that speak ZeroMQ's own protocol (zmtp.py). libzmq's I/O thread is woken for every
+message that finds it at rest, and takes the core from us; every look at its socket is a system call or two: a third of
+an unstreamed request. Here the requests of one turn are one write, and what an engine has said meanwhile is one read.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from broker.types import Instance
 from frontend.upstream import zmtp
 from frontend.upstream.zmq_address import Address
 
+JOIN_BYTES: Final = 64 * 1024
+"""What a turn has to say is copied into one piece up to this size; above, that costs more than it saves."""
 MARK_BYTES: Final = 16 * 1024 * 1024
 """Queued to one engine that does not read. Beyond it a request is refused, never dropped."""
 
@@ -62,7 +63,7 @@ class Peer:
     async def _connect(self, address: Address, loop: asyncio.AbstractEventLoop) -> None:
         try:
             await address.connect(loop, self._protocol)
-        except OSError as e:
+        except (OSError, ValueError) as e:  # ValueError: a name that cannot be one
             self._peers.lose(self, f"cannot connect to {self.url}: {e}")
 
     def _protocol(self) -> asyncio.Protocol:
@@ -82,8 +83,12 @@ class Peer:
             return True
         if transport is None or not self.reader.is_open:
             return False
-        if not transport.is_closing():  # `connection_lost` follows
+        if transport.is_closing():
+            pass  # `connection_lost` follows
+        elif self._unsent_bytes <= JOIN_BYTES:
             transport.write(b"".join(self._unsent))
+        else:
+            transport.writelines(self._unsent)
         self._unsent, self._unsent_bytes = [], 0
         return True
 

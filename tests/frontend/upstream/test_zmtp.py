@@ -146,6 +146,21 @@ def test_a_url_without_an_address_is_refused(url: str) -> None:
         Address(url)
 
 
+@pytest.mark.parametrize("url", ["tcp://a..b:1", "ipc://a\0b", f"ipc:///{'x' * 200}", "ipc:///nobody/listens"])
+def test_an_address_that_leads_nowhere_is_connect_failed_at_once(url: str) -> None:
+    async def scene() -> None:
+        upstream = ZmqUpstream(Config())
+        sink = RecordingSink()
+        request = UpstreamRequest(path="/p", headers=[], body=b"", stream=True)
+        instance = Instance(url=url, engine=EngineKind.NATIVE, incarnation=b"n" * 16)
+        sink.call = upstream.open(instance, request, sink)
+        await asyncio.wait_for(sink.ended.wait(), 4)
+        assert isinstance(sink.error, ConnectFailed)
+        upstream.close()
+
+    asyncio.run(scene())
+
+
 def test_a_server_of_something_else_is_connect_failed_at_once() -> None:
     async def scene() -> None:
         async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
