@@ -6,6 +6,10 @@ STAMP  := $(VENV)/.installed
 TWINS  := $(wildcard shm/*/*.c broker/*/*.c)
 ARGS   ?=
 
+# Run over the sources and over the compiled build.
+PATH_TESTS := tests/contract/test_transports.py benchmarks/guard/test_hot_path.py tests/frontend/upstream \
+  $(addprefix tests/frontend/test_,admission.py conformance.py forward.py forward_machine.py known_heads.py lean.py process.py)
+
 .DEFAULT_GOAL := help
 .PHONY: help install compiled run test check format bench bench-peers stress cluster-demo chaos e2e-vllm lock clean
 
@@ -26,8 +30,9 @@ compiled: $(STAMP) ## compile the request path, if the sources are not those of 
 run: compiled ## start Penstock; ARGS="--port 30000 --config_path config.yaml", simulated engines when none is configured
 	@exec $(BIN)/penstock serve --sim auto $(ARGS)
 
-test: $(STAMP) ## the default test suite, on two cores
+test: compiled ## the default test suite, on two cores; then what tests the request path, over its compiled build
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(if $(ARGS),,PYTHONMALLOC=debug $(BIN)/python -m pytest -n 2 --dist loadgroup -o "pythonpath=build/compiled ." $(PATH_TESTS))
 
 check: $(STAMP) ## lint, types, import rules
 	$(BIN)/ruff check .
