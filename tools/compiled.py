@@ -60,6 +60,8 @@ def make() -> None:
     shutil.rmtree(os.path.join(ROOT, "build"), ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
     subprocess.run([*pip, "--no-build-isolation", "--target", COMPILED, ROOT], check=True)
+    if not any(name.startswith("penstock__mypyc.") for name in os.listdir(COMPILED)):  # setup.py says why, to pip alone
+        print("the request path could not be compiled (is there a C compiler?); it runs as it is, slower")
     with open(MADE_OF, "w") as file:
         file.write(made_of)
     site = sysconfig.get_path("purelib")
