@@ -16,8 +16,10 @@ from broker.types import RouteRequest
 
 Costs = NDArray[np.float64]
 
-BEHIND = 19.0
+BEHIND = 4.0
 """Requests that a token computed twice delays, besides its own."""
+WASTED = 16.0
+"""What it costs further if nobody asks for the copy again, in such requests."""
 COPIES = 2.0
 """With this many times its fair number of copies another one is pure loss."""
 UNSURE = 8.0
@@ -46,8 +48,8 @@ class PrefixCost:
     the engines' speed or on their number:
 
     * **what is queued there**: prompts without a first token, less what time has done of them (`Backlog`);
-    * **what must be computed there though another instance has it**: once for the request's own wait, and `BEHIND`
-      times its price for those who come behind;
+    * **what must be computed there though another instance has it**: once for the request's own wait, and at the
+      copy's price `BEHIND` times for those who come behind, and more for what few have asked for;
     * **how crowded it is**: requests in flight, which delay each other's tokens and hold slots. A third of a mean
       request for one more in flight than the usual nine: it decides where nothing is queued;
     * **the work it had of late**: a tenth of a mean request for a hundredth more than the mean. It keeps the fleet even
@@ -63,6 +65,11 @@ class PrefixCost:
     that is its fair number of copies. Below it, holders are busier than the rest, and another copy pays for itself:
     price 0. From there the price rises, to 1 at `COPIES` times the number. So a head that everybody has spreads as soon
     as there is a queue, and a document that three requests share stays where it is.
+
+    **Who will ask again.** Something that was asked for `u` times so far is taken to be asked for no more with a chance
+    of `1/u`: at its full price a copy costs `BEHIND + WASTED / u` a token. So a conversation waits where it was, while
+    one of many heads that all are in use moves away from a queue, which evens out whoever happened to get the popular
+    ones: a static placement of heads leaves the fleet as uneven as they are popular.
 
     Ties are drawn. `tokens` is what the instance has to compute for the request: the lease must be taken for that many,
     so that the view's tokens are the work that is queued, and not prompts that are mostly cached.
@@ -131,19 +138,18 @@ def _saved(match: Match, depths: NDArray[np.int64]) -> Costs:
     Prices are taken at `SAMPLES` places of the prompt, between which few requests part: over every block this took
     half of a decision. Of a large fleet few have any of it: they alone are looked at.
     """
-    n = len(depths)
-    fair_copies = n / (match.requests + UNSURE)
+    saved = np.zeros(len(depths))
     holders = depths.nonzero()[0]
-    if (match.first_use - 1.0) * fair_copies <= 1.0 / COPIES or not len(holders):
-        return depths.astype(np.float64) * (1.0 + BEHIND)  # one copy is enough of everything: the usual case
+    if not len(holders):
+        return saved
     theirs = depths.take(holders)
     width = theirs.item(theirs.argmax()) / SAMPLES
     middles = (_MIDDLES * width).astype(np.int64)
-    fair = np.maximum((match.uses(middles) - 1.0) * fair_copies, 1.0 / COPIES)
+    uses = np.maximum(match.uses(middles), 1.0)
+    fair = np.maximum((uses - 1.0) * (len(depths) / (match.requests + UNSURE)), 1.0 / COPIES)
     copies = len(holders) - np.add.accumulate(np.bincount(theirs)).take(middles)
     price = np.minimum(np.maximum(copies / fair - 1.0, 0.0) / (COPIES - 1.0), 1.0)
     worth = np.zeros(SAMPLES + 1)
-    np.add.accumulate((1.0 + BEHIND * price) * width, out=worth[1:])
-    saved = np.zeros(n)
+    np.add.accumulate((1.0 + price * (BEHIND + WASTED / uses)) * width, out=worth[1:])
     saved[holders] = np.interp(theirs, _EDGES * width, worth)
     return saved

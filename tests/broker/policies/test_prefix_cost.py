@@ -47,10 +47,20 @@ def test_what_nobody_has_goes_where_fewest_requests_are(prefixes: Prefixes) -> N
 
 
 def test_a_rare_head_is_not_copied_for_a_queue_that_is_shorter_than_its_cost(prefixes: Prefixes) -> None:
-    """400 tokens to save, 0.05 of each queued token: a queue of 7,000 is worth waiting in, one of 9,000 is not."""
+    """400 tokens, once for itself and 4 + 16 times for others: 8,400. A queue of 7,000 is shorter, one of 9,000 not."""
     prefixes.sent(HEAD, 100)
     assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[7_000, *[0] * 7])) == 100
     assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[9_000, *[0] * 7])) != 100
+
+
+def test_what_many_have_asked_for_moves_away_from_a_shorter_queue_than_what_one_has(prefixes: Prefixes) -> None:
+    """Eight in a thousand: one copy is enough, but it will be used again. 400 tokens x (1 + 4 + 16 / 8) are 2,800."""
+    for number in range(1000):
+        prefixes.sent(f"{number:08d}", 100)
+    for _ in range(8):
+        prefixes.sent(HEAD, 100)
+    assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[2_500, *[0] * 7])) == 100
+    assert fresh(prefixes).pick(ask(HEAD), FakeLoads(8).having(tokens=[3_100, *[0] * 7])) != 100
 
 
 def test_a_head_that_everybody_has_is_copied_at_the_first_sign_of_a_queue(prefixes: Prefixes) -> None:
@@ -63,7 +73,7 @@ def test_a_head_is_copied_as_far_as_its_share_goes(prefixes: Prefixes) -> None:
     """A quarter of the requests have it: its fair two of eight instances at once, and no fifth for the same queue."""
     for number in range(400):
         prefixes.sent(HEAD if number % 4 == 0 else f"{number:08d}", 100)
-    busy = 3_000
+    busy = 1_500  # of 2,000 that a fifth would cost: 400 tokens, once for itself and 4 times for those behind it
     for copies in range(1, 8):
         view = FakeLoads(8).having(tokens=[busy] * copies + [0] * (8 - copies))
         slot = fresh(prefixes).pick(ask(HEAD), view)
