@@ -53,7 +53,7 @@ class Answer:
         self._paused = False
         self._ended = False
         self._gone = False
-        self._error: PenstockError | None = None
+        self._error: tuple[int, bytes, Headers] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     async def serve(self, forward: Forward, receive: Receive, send: Send) -> None:
@@ -97,10 +97,10 @@ class Answer:
         self._wake()
 
     def fail(self, error: PenstockError) -> None:
-        self._error = error
         if self._head is not None and takes_events(self._head[1]):
             self._chunks.append(last_event(error, self._last, self._face))
-            self._error = None
+        else:  # made now: an error that ends several requests is told each one's own things in turn
+            self._error = whole_error(error, self._ident, self._face)
         self._ended = True
         self._wake()
 
@@ -111,7 +111,7 @@ class Answer:
             await self._more()
         if self._head is None:
             if self._error is not None and not self._gone:
-                await send_error(send, self._error, self._ident, self._face)
+                await _send_whole(send, *self._error)
             return
         status, found = self._head
         await send({"type": "http.response.start", "status": status, "headers": headers.for_client(found, self._ident)})
@@ -158,7 +158,10 @@ class Answer:
 
 async def send_error(send: Send, error: PenstockError, ident: bytes = b"", face: Face = PENSTOCK) -> None:
     """A whole answer made of an error."""
-    status, data, found = whole_error(error, ident, face)
+    await _send_whole(send, *whole_error(error, ident, face))
+
+
+async def _send_whole(send: Send, status: int, data: bytes, found: Headers) -> None:
     await send({"type": "http.response.start", "status": status, "headers": found})
     await send({"type": "http.response.body", "body": data})
 
