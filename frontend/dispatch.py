@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
-import msgspec
-
 from broker.config import Config
 from broker.counters import FrontendCounters
 from broker.errors import NoInstance
@@ -75,14 +73,15 @@ class Chooser(Protocol):
         """The request is being sent there, however it was chosen. Whoever forwards says so of every attempt."""
 
 
-class Considered(msgspec.Struct, frozen=True):
+class Considered:
     """What a choice was made of, for whoever asks later. Its vectors stay as they were."""
 
-    view: View
-    why: Why | None
-    left_out: Collection[int]
-    """Slots that had been tried, were suspected, or did not fit."""
-    role: Role
+    def __init__(self, view: View, why: Why | None, left_out: Collection[int], role: Role) -> None:
+        """`left_out`: slots that had been tried, were suspected, or did not fit."""
+        self.view = view
+        self.why = why
+        self.left_out = left_out
+        self.role = role
 
 
 class Choice:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import msgspec
-
 from frontend import headers
 from frontend.upstream.base import Forms, Headers
 
@@ -15,25 +13,37 @@ _OPAQUE: Final = (b"multipart/", b"audio/", b"image/", b"video/", b"application/
 _ALWAYS_JSON: Final = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/embeddings"))
 
 
-class RequestHead(msgspec.Struct, frozen=True, eq=False):
-    """Good for every request with the same head: nothing in it is one request's own."""
+class RequestHead:
+    """Good for every request with the same head: nothing in it is one request's own, and nothing is changed."""
 
-    path: str
-    target: str
-    """Path and query, as the client wrote them."""
-    headers: Headers
-    """End-to-end ones, as engines get them; without `x-request-id` if the face gives requests names."""
-    ident: bytes
-    """The client's own name of the request; nothing: it gets a new one."""
-    session: str | None
-    is_read: bool
-    """The body is JSON, and says what decides its way."""
-    forms: Forms
-    asks_why: bool = False
-    """Its client wants to be told why its instance was chosen."""
-    modern: bool = True
-    """The client speaks HTTP/1.1."""
-    keep_alive: bool = True
+    def __init__(
+        self,
+        path: str,
+        target: str,
+        headers: Headers,
+        ident: bytes,
+        session: str | None,
+        is_read: bool,
+        asks_why: bool,
+        modern: bool,
+        keep_alive: bool,
+    ) -> None:
+        self.path = path
+        self.target = target
+        """Path and query, as the client wrote them."""
+        self.headers = headers
+        """End-to-end ones, as engines get them; without `x-request-id` if the face gives requests names."""
+        self.ident = ident
+        """The client's own name of the request; nothing: it gets a new one."""
+        self.session = session
+        self.is_read = is_read
+        """The body is JSON, and says what decides its way."""
+        self.forms = Forms()
+        self.asks_why = asks_why
+        """Its client wants to be told why its instance was chosen."""
+        self.modern = modern
+        """The client speaks HTTP/1.1."""
+        self.keep_alive = keep_alive
 
     def trace(self) -> str:
         return _first(self.headers, b"x_bd_logid").decode("latin-1")
@@ -51,7 +61,6 @@ def read_head(
         headers.own_id(found) if headers.REQUEST_ID in first else b"",
         first.get(b"x-session-id", b"").decode("latin-1") or None,
         path in _ALWAYS_JSON or not first.get(b"content-type", b"").lower().startswith(_OPAQUE),
-        Forms(),
         first.get(EXPLAIN) == b"1",
         modern,
         keep_alive,
