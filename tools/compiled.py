@@ -49,12 +49,27 @@ def is_wanted() -> bool:
 
 def make() -> None:
     """Makes the build, if it is wanted and not there, and has the Python that runs this prefer it."""
-    import shutil
-    import subprocess
+    import fcntl
     import sysconfig
 
-    if not is_wanted() or is_fresh():
+    if not is_wanted():
         return
+    site = sysconfig.get_path("purelib")
+    with open(os.path.join(site, f"{NAME}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would take each other's files away
+        if not is_fresh():
+            _build()
+    link = os.path.join(site, f"{NAME}.py")
+    if not os.path.lexists(link):
+        os.symlink(os.path.realpath(__file__), link)
+    with open(os.path.join(site, f"{NAME}.pth"), "w") as file:
+        file.write(f"import {NAME}\n")
+
+
+def _build() -> None:
+    import shutil
+    import subprocess
+
     print("compiling the request path: a minute, once for each change of the sources", flush=True)
     made_of = sources()  # of before: what is edited meanwhile is not in it
     shutil.rmtree(os.path.join(ROOT, "build"), ignore_errors=True)
@@ -64,12 +79,6 @@ def make() -> None:
         print("the request path could not be compiled (is there a C compiler?); it runs as it is, slower")
     with open(MADE_OF, "w") as file:
         file.write(made_of)
-    site = sysconfig.get_path("purelib")
-    link = os.path.join(site, f"{NAME}.py")
-    if not os.path.lexists(link):
-        os.symlink(os.path.realpath(__file__), link)
-    with open(os.path.join(site, f"{NAME}.pth"), "w") as file:
-        file.write(f"import {NAME}\n")
 
 
 if __name__ == "__main__":
