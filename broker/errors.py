@@ -76,12 +76,16 @@ class BadRequest(PenstockError):
     kind = "invalid_request_error"
 
 
-class BodyTooLarge(BadRequest):
+class Unread(BadRequest):
+    """The request did not come whole, or may not."""
+
+
+class BodyTooLarge(Unread):
     status = 413
     code = "body_too_large"
 
 
-class ReceivingFull(BadRequest):
+class ReceivingFull(Unread):
     """So much of other clients' bodies is being received that there is no room for more of this one."""
 
     status = 503

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.errors import BadRequest, PenstockError
+from broker.errors import PenstockError, Unread
 from broker.faces import Face
 from frontend.upstream.base import Headers
 
@@ -24,18 +24,18 @@ class UnknownRequest(PenstockError):
     code = "unknown_request"
 
 
-class Malformed(BadRequest):
+class Malformed(Unread):
     """What came is no HTTP request, or one that can be read in two ways."""
 
     code = "malformed_request"
 
 
-class HeadTooLarge(BadRequest):
+class HeadTooLarge(Unread):
     status = 431
     code = "head_too_large"
 
 
-class BodyTooSlow(BadRequest):
+class BodyTooSlow(Unread):
     """The client announced a body and stopped sending it."""
 
     status = 408

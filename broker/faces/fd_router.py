@@ -14,7 +14,6 @@ from pathlib import Path
 from broker.errors import (
     BadRegistration,
     BadRequest,
-    BodyTooLarge,
     ConfigError,
     ConfigMalformed,
     ConfigUnreadable,
@@ -22,8 +21,8 @@ from broker.errors import (
     NoInstance,
     PenstockError,
     PortMissing,
-    ReceivingFull,
     Unhealthy,
+    Unread,
     UpstreamError,
 )
 from broker.faces import fd_settings, go
@@ -70,8 +69,7 @@ def estimate(texts: list[str], ids: int) -> Estimate:
 
 ERRORS: dict[type[PenstockError], tuple[int | None, str]] = {
     BadRequest: (400, "Invalid JSON format: {}"),
-    BodyTooLarge: (413, "Invalid request body: {}"),
-    ReceivingFull: (503, "Invalid request body: {}"),
+    Unread: (None, "Invalid request body: {}"),
     NoInstance: (502, "Failed to select worker: no healthy workers available"),
     UpstreamError: (None, "Failed to connect to backend service: {}"),
     PenstockError: (None, "{}"),

@@ -9,8 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from broker.config import Server
-from broker.errors import BadRequest, ReceivingFull
-from broker.faces import FD_ROUTER, PENSTOCK, Face
+from broker.errors import ReceivingFull
 from frontend.receiving import Receiving
 from tests.frontend.conformance import GOOD, HEAD, OK, short
 from tests.frontend.site import Site
@@ -142,10 +141,3 @@ def test_what_does_not_fit_does_not_count() -> None:
     with pytest.raises(ReceivingFull):
         receiving.take(1)
     assert receiving.held == 10
-
-
-@pytest.mark.parametrize("face", [PENSTOCK, FD_ROUTER])
-def test_it_is_an_error_that_passes(face: Face) -> None:
-    error = ReceivingFull("full")
-    assert isinstance(error, BadRequest)
-    assert (face.error(error).status, error.retry_after_s) == (503, 1)
