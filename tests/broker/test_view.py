@@ -273,6 +273,21 @@ def test_live_counters_are_summed_over_frontends_at_the_moment_of_the_view(run: 
     assert run.reader.view(MIXED, None).in_flight.tolist() == [1, 5]
 
 
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_few_counters_are_summed_as_many_are(run: Run, count: int, rows: int) -> None:
+    """Up to 16 of them are few."""
+    for n in range(count):
+        run.admit(f"http://{n:02}")
+    frontends = [run.frontend(row) for row in (0, rows - 1)]
+    for slot in range(count):
+        frontends[slot % 2].add(CounterColumn.STARTED, slot, 3 * slot + 1)
+        frontends[1].add(CounterColumn.FINISHED, slot, slot)
+    view = run.reader.view(MIXED, None)
+    assert view.in_flight.dtype == np.int64
+    assert dict(zip(view.slots.tolist(), view.in_flight.tolist(), strict=True)) == {n: 2 * n + 1 for n in range(count)}
+
+
 def test_a_frontend_that_starts_later_is_seen(run: Run) -> None:
     run.admit("http://a")
     assert run.reader.view(MIXED, None).in_flight.tolist() == [0]

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from random import Random
 
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.policies.base import FEW, least
 from broker.policies.power_of_two import PowerOfTwo
 from broker.policies.random import RandomChoice
 from broker.types import RouteRequest
 from tests.support.loads import FakeLoads
 
 REQUEST = RouteRequest()
+
+
+@given(st.lists(st.one_of(st.integers(0, 3), st.floats(0, 1e9)), min_size=1, max_size=2 * FEW), st.integers(0, 2**32))
+def test_the_least_of_few_is_drawn_as_that_of_many(scores: list[float], seed: int) -> None:
+    ties = np.flatnonzero(np.array(scores) == min(scores))
+    drawn = int(ties[0]) if len(ties) == 1 else int(ties[int(Random(seed).random() * len(ties))])
+    assert least(np.array(scores), Random(seed)) == drawn
 
 
 def test_random_does_not_look_at_load() -> None:
