@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from broker.prefix.layout import PREFIX, run_layout
 from broker.prefix.match import Match
 from broker.types import RouteRequest
 from broker.wire import RoutingNotices
-from shm.hashtable import HORIZON, TableReader
+from shm.hashtable import TableReader
 from shm.segment import Layout, Segment
 
 BATCH_BYTES = 48 * 1024
@@ -120,8 +119,7 @@ class PrefixIndex:
         found = self._table.find(keys)
         depths = found.reach[: self.slots]
         pending = self._overlay(keys, depths)
-        requests = len(self._pending) - HORIZON * math.expm1(-found.tick / HORIZON)
-        self._matched = Match(keys, blocks, depths, requests, found, pending)
+        self._matched = Match(keys, blocks, depths, found, pending, len(self._pending))
         return self._matched
 
     def matched(self, request: RouteRequest) -> Match:

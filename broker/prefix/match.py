@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from broker.prefix.keys import Vector
-from shm.hashtable import Found
+from shm.hashtable import HORIZON, Found
 
 
 class Match(msgspec.Struct, frozen=True, gc=False):
@@ -19,13 +21,18 @@ class Match(msgspec.Struct, frozen=True, gc=False):
     """Length of the whole prompt in blocks; the last one need not be full, and the cap does not count."""
     depths: Vector
     """By slot: how many leading blocks the instance has been sent."""
-    requests: float
-    """How many recent requests there were at all. Recent: of the last `shm.hashtable.HORIZON` or so, older ones
-    fading."""
     found: Found
     """What the shared table says of the keys."""
     pending: list[int]
-    """Blocks in common with each own notice that the table does not have yet."""
+    """Blocks in common with each own notice that the table does not have yet,"""
+    noted: int
+    """and how many of these there are, whatever they have in common."""
+
+    @property
+    def requests(self) -> float:
+        """How many recent requests there were at all. Recent: of the last `shm.hashtable.HORIZON` or so, older ones
+        fading."""
+        return self.noted - HORIZON * math.expm1(-self.found.tick / HORIZON)
 
     @property
     def age(self) -> int:

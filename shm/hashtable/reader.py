@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,38 +29,55 @@ _NOT_ODD, _SHIFT, _WAY = np.int64(-2), np.int64(WAY_BITS), np.int64(WAYS - 1)
 _NONE = np.empty(0, dtype=np.int64)
 
 
-class Found(NamedTuple):
-    """What a table knows of the keys of a look-up."""
+class Found:
+    """What a table knows of the keys of a look-up. How often keys are used is looked up when it is asked for."""
 
-    at: Vector
-    """Which of them are in the table, rising."""
-    reach: Vector
-    """By member: index behind the last key whose set has it, 0 = none. At least as long as the table has members."""
-    places: Vector
-    """Where each of them stands,"""
-    moments: Vector
-    """and what its bucket's sequence said then."""
-    tick: int
-    """Of the look-up."""
-    table: Table
-    """How often keys are used is looked up when it is asked for, which is rare, and of few of them."""
+    __slots__ = ("_rows", "_skip", "_table", "reach", "tick")
+
+    def __init__(self, table: Table, reach: Vector, rows: Sequence[Vector] | Vector, skip: int = 0) -> None:
+        """`rows`: which of the keys were found, where each of them stands, and what its bucket's sequence said then;
+        the first `skip` of each row mean nothing."""
+        self.reach = reach
+        """By member: index behind the last key whose set has it, 0 = none. For all members and perhaps some more."""
+        self.tick = table.tick
+        """Of the look-up."""
+        self._table = table
+        self._rows = rows
+        self._skip = skip
+
+    def __len__(self) -> int:
+        """How many keys were found."""
+        return len(self._rows[0]) - self._skip
+
+    @property
+    def at(self) -> Vector:
+        """Which of the keys were found, rising."""
+        return self._rows[0][self._skip :]
+
+    @property
+    def places(self) -> Vector:
+        return self._rows[1][self._skip :]
+
+    @property
+    def moments(self) -> Vector:
+        return self._rows[2][self._skip :]
 
     @property
     def age(self) -> int:
         """Ticks since the last use of the last key found."""
-        return max(self.tick - (self._use(-1) >> COUNT_BITS), 0) if len(self.at) else 0
+        return max(self.tick - (self._use(-1) >> COUNT_BITS), 0) if len(self) else 0
 
     @property
     def first_use(self) -> float:
         """How often the first key found was used of late."""
-        if not len(self.at):
+        if not len(self):
             return 0.0
-        use = self._use(0)
+        use = self._use(self._skip)
         return (use & COUNT_MASK) / COUNT_UNIT * math.exp(min((use >> COUNT_BITS) - self.tick, 0) / HORIZON)
 
     def uses(self, which: Vector) -> NDArray[np.float64]:
         """How often these of the keys found were used of late, faded to now. What has moved since counts as unused."""
-        table = self.table
+        table = self._table
         if table._compiled is not None:
             counts = np.empty(len(which))
             table._compiled.uses(self.places, self.moments, which, self.tick, counts)
@@ -75,10 +92,10 @@ class Found(NamedTuple):
         return faded
 
     def _use(self, index: int) -> int:
-        """As stored, of one of the keys found; 0 if it has moved."""
-        table, place = self.table, self.places.item(index)
+        """As stored, of the key at that place of the rows; 0 if it has moved."""
+        table, place = self._table, self._rows[1].item(index)
         use: int = table._uses.item(place)
-        return use if table._sequence.item(place >> WAY_BITS) == self.moments.item(index) else 0
+        return use if table._sequence.item(place >> WAY_BITS) == self._rows[2].item(index) else 0
 
 
 class TableReader(Table):
@@ -98,8 +115,7 @@ class TableReader(Table):
             return self._find(keys, reach)
         count = len(keys)
         out = np.empty((3, count), dtype=np.int64)
-        at, places, moments = out[:, count - self._compiled.find(keys, out, reach) :]
-        return Found(at, reach, places, moments, self.tick, self)
+        return Found(self, reach, out, count - self._compiled.find(keys, out, reach))
 
     def _find(self, keys: Vector, reach: Vector) -> Found:
         """The Python twin: numpy per key, Python per run of equal sets.
@@ -111,7 +127,7 @@ class TableReader(Table):
         # The one place of each key, as an index into all of these rows: keys are never twice in a bucket.
         hits = (self._keys.take(buckets, axis=0) == keys[:, None]).reshape(-1).nonzero()[0]
         if not len(hits):
-            return Found(_NONE, reach, _NONE, _NONE, self.tick, self)
+            return Found(self, reach, (_NONE, _NONE, _NONE))
         at = hits >> _SHIFT
         if len(at) < len(keys):
             buckets, before = buckets.take(at), before.take(at)
@@ -129,13 +145,13 @@ class TableReader(Table):
             if not stood.all():
                 at, words, places, before = at[stood], words[stood], places[stood], before[stood]
                 if not len(at):
-                    return Found(_NONE, reach, _NONE, _NONE, self.tick, self)
+                    return Found(self, reach, (_NONE, _NONE, _NONE))
                 ends, last = _runs(words)
         seen = 0
         for end, word in zip(reversed(ends), reversed(last), strict=True):
             _store(reach, sets[word] & ~seen, at.item(end) + 1)
             seen |= sets[word]
-        return Found(at, reach, places, before, self.tick, self)
+        return Found(self, reach, (at, places, before))
 
     def _pooled(self, word: int) -> int:
         return int.from_bytes(self._pool[bitmap(word)].tobytes(), "little")
