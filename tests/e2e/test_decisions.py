@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,28 +71,36 @@ def worst(held: list[int]) -> float:
     return max(held) / (HELD / INSTANCES)
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["scheduler alive", "scheduler stopped"])
-def test_held_requests_are_level_over_instances_whichever_frontend_took_them(tmp_path: Path, stopped: bool) -> None:
-    """Also while the scheduler stands in the middle of a row: what decides is in the frontends' own counters."""
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     # On a busy machine one frontend may have swallowed a burst before the other one is let run: these wait for it.
     instead = {"broker.scheduler": f"{STANDINS}.midrow_scheduler", "frontend": f"{STANDINS}.polite_frontend"}
-    with Fleet(tmp_path, config={"scheduler": {"policy": "request_num"}}, instead=instead) as fleet:
+    config = {"scheduler": {"policy": "request_num"}}
+    with Fleet(tmp_path_factory.mktemp("decisions"), config=config, instead=instead) as fleet:
         start(fleet)
-        if stopped:
-            fleet.freeze_scheduler_in_a_row()
+        yield fleet
 
-        async def hold() -> list[int]:
-            with Client(fleet.port) as client:
-                for _ in range(HELD // BURST):
-                    await burst(fleet, client, BURST)
-                return held(fleet)
 
-        found = asyncio.run(hold())
-        shares = taken(fleet) / HELD
-        assert shares.min() >= SHARE, shares
-        assert worst(found) <= LEVEL, found
-        if stopped:
-            fleet.thaw("scheduler")
+@pytest.mark.parametrize("stopped", [False, True], ids=["scheduler alive", "scheduler stopped"])
+def test_held_requests_are_level_over_instances_whichever_frontend_took_them(fleet: Fleet, stopped: bool) -> None:
+    """Also while the scheduler stands in the middle of a row: what decides is in the frontends' own counters."""
+    if stopped:
+        fleet.freeze_scheduler_in_a_row()
+    before = taken(fleet)
+
+    async def hold() -> list[int]:
+        with Client(fleet.port) as client:
+            for _ in range(HELD // BURST):
+                await burst(fleet, client, BURST)
+            return held(fleet)
+
+    found = asyncio.run(hold())
+    shares = (taken(fleet) - before) / HELD
+    assert shares.min() >= SHARE, shares
+    assert worst(found) <= LEVEL, found
+    if stopped:
+        fleet.thaw("scheduler")
+    fleet.await_idle()
 
 
 def test_by_a_copy_of_the_counters_they_are_not(tmp_path: Path) -> None:

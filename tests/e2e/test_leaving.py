@@ -27,9 +27,10 @@ GROWN = 3 * 1024 * 1024
 """Bytes of resident memory that a process may gain."""
 
 
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with Fleet(tmp_path, workers=2, config={"log": {"level": "warn"}}) as fleet:
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Every test leaves it idle."""
+    with Fleet(tmp_path_factory.mktemp("leaving"), workers=2, config={"log": {"level": "warn"}}) as fleet:
         for name, transport in ENGINES.items():
             fleet.engine(name, "--transport", transport, "--speed", "4")
         fleet.await_instances(len(ENGINES))
