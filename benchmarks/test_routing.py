@@ -16,14 +16,15 @@ from benchmarks.routing.workloads import WORKLOADS
 
 @pytest.mark.parametrize("name", [workload.name for workload in WORKLOADS])
 def test_no_kind_of_load_is_anybody_elses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Medians of five seeds. Of `heavy` at the edge a twentieth is less than what one draw makes of the same rule."""
+    """Medians of five seeds. A hundredth of spread is less than what other draws of the same rule make of it."""
     for row in rows(5, [name]):
         with capsys.disabled():
             print("", HEAD, *row.lines(), sep="\n")
         verdict = row.verdict()
         assert verdict["p50"] <= 1.05
-        assert verdict["p90"] <= (1.1 if name == "heavy" else 1.05)
+        assert verdict["p90"] <= 1.05
         assert verdict["hit"] >= 0.97
+        assert verdict["spread"] <= 1.01
 
 
 def test_trace(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,6 +36,6 @@ def test_trace(capsys: pytest.CaptureFixture[str]) -> None:
         print("", *lines, sep="\n")
     figures = {(line[:3].strip(), line.split()[2]): [float(w) for w in line.split() if "." in w] for line in lines[1:]}
     assert 0.076 <= figures["8", "round_robin"][0] <= 0.082, "the harness itself"
-    assert figures["8", OURS][0] >= 0.25
+    assert figures["8", OURS][0] >= 0.26
     assert figures["8", OURS][1] <= 1.05
     assert figures["16", OURS][0] >= 0.31

@@ -36,7 +36,7 @@ class Job:
     """Prompt tokens found in the cache."""
     first_token_at: float = -1.0
     charged: int = 0
-    """Prompt tokens that the router counts at the engine until the first token."""
+    """Prompt tokens that the router counts at the engine, until the first token or the end."""
     left: int = field(default=0, repr=False)
 
 

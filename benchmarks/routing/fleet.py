@@ -86,7 +86,8 @@ class Router:
         slot = change.job.engine
         if change.ended:
             self.view.in_flight[slot] -= 1
-        if change.ended is not self._policies[0].counts_prompts:
+        counts_until_end = not self._policies[0].counts_prompts
+        if change.ended is counts_until_end:
             self.view.tokens[slot] -= change.job.charged
 
 
