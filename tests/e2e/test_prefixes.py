@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
+import pytest
+
 from broker import config
 from broker.counters import CounterColumn, CountersReader, attach_counters
 from broker.prefix import PrefixIndex
 from broker.types import RouteRequest
 from tests.support.processes import Fleet, fetch
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 INSTANCES, PROMPTS, ROUNDS = 4, 12, 6
-SEEN_WITHIN_S = 0.05
+SEEN_WITHIN_S, TRIES = 0.05, 30
 
 
 def prompt(number: int) -> str:
@@ -54,6 +56,13 @@ def through(fleet: Fleet, name: str) -> Iterator[None]:
         fleet.thaw(other)
 
 
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(tmp_path_factory.mktemp("prefixes"), workers=2) as fleet:
+        start(fleet)
+        yield fleet
+
+
 def start(fleet: Fleet) -> None:
     for k in range(INSTANCES):
         fleet.engine(f"e{k}", "--transport", "zmq" if k % 2 else "http")
@@ -84,56 +93,51 @@ def settled(fleet: Fleet, observer: Observer) -> list[dict[int, int]]:
     return [observer.who_has(prompt(number)) for number in range(PROMPTS)]
 
 
-def test_a_prompt_goes_back_to_the_instance_that_had_it_through_either_frontend(tmp_path: Path) -> None:
-    with Fleet(tmp_path, workers=2) as fleet:
-        start(fleet)
-        observer = Observer(fleet)
-        homes = settled(fleet, observer)
-        assert all(len(home) == 1 for home in homes), homes
-        assert len({slot for home in homes for slot in home}) > 1, homes
-        before = taken(fleet)
-        for name in ("frontend-0", "frontend-1") * (ROUNDS // 2):
-            with through(fleet, name):
-                for number in range(PROMPTS):
-                    ask(fleet, prompt(number))
-        fleet.await_idle()
-        assert [observer.who_has(prompt(number)) for number in range(PROMPTS)] == homes
-        assert [now - then for now, then in zip(taken(fleet), before, strict=True)] == [PROMPTS * ROUNDS // 2] * 2
-
-
-def test_others_see_a_choice_within_50_ms(tmp_path: Path) -> None:
-    """The best of some tries: how long a busy machine lets a process wait says nothing of ours."""
-    with Fleet(tmp_path, workers=1) as fleet:
-        start(fleet)
-        observer = Observer(fleet)
-        took = []
-        for number in range(20):
-            ask(fleet, prompt(number))
-            answered = time.monotonic()
-            while not observer.who_has(prompt(number)):
-                assert time.monotonic() < answered + 10
-            took.append(time.monotonic() - answered)
-        assert min(took) < SEEN_WITHIN_S, took
-
-
-def test_the_index_outlives_scheduler_and_frontends(tmp_path: Path) -> None:
-    with Fleet(tmp_path, workers=2) as fleet:
-        start(fleet)
-        observer = Observer(fleet)
-        homes = settled(fleet, observer)
-        for name in ("scheduler", "frontend-0", "frontend-1"):
-            fleet.await_replaced(name, fleet.kill(name))
-            fleet.await_instances(INSTANCES)
-            assert [observer.who_has(prompt(number)) for number in range(PROMPTS)] == homes
-        until(lambda: _answers(fleet), "answers again")
-        for number in range(PROMPTS, 2 * PROMPTS):  # it goes on learning; a lost notice is followed by others
-
-            def noted(number: int = number) -> bool:
+def test_a_prompt_goes_back_to_the_instance_that_had_it_through_either_frontend(fleet: Fleet) -> None:
+    observer = Observer(fleet)
+    homes = settled(fleet, observer)
+    assert all(len(home) == 1 for home in homes), homes
+    assert len({slot for home in homes for slot in home}) > 1, homes
+    before = taken(fleet)
+    for name in ("frontend-0", "frontend-1") * (ROUNDS // 2):
+        with through(fleet, name):
+            for number in range(PROMPTS):
                 ask(fleet, prompt(number))
-                return bool(observer.who_has(prompt(number)))
+    fleet.await_idle()
+    assert [observer.who_has(prompt(number)) for number in range(PROMPTS)] == homes
+    assert [now - then for now, then in zip(taken(fleet), before, strict=True)] == [PROMPTS * ROUNDS // 2] * 2
 
-            until(noted, "the prompt noted")
+
+def test_others_see_a_choice_within_50_ms(fleet: Fleet) -> None:
+    """The best of some tries: how long a busy machine lets a process wait says nothing of ours."""
+    observer = Observer(fleet)
+    took: list[float] = []
+    while min(took, default=SEEN_WITHIN_S) >= SEEN_WITHIN_S and len(took) < TRIES:
+        text = prompt(1000 + len(took))
+        ask(fleet, text)
+        answered = time.monotonic()
+        while not observer.who_has(text):
+            assert time.monotonic() < answered + PATIENCE_S
+        took.append(time.monotonic() - answered)
+    assert min(took) < SEEN_WITHIN_S, took
+
+
+def test_the_index_outlives_scheduler_and_frontends(fleet: Fleet) -> None:
+    observer = Observer(fleet)
+    homes = settled(fleet, observer)
+    for name in ("scheduler", "frontend-0", "frontend-1"):
+        fleet.await_replaced(name, fleet.kill(name))
+        fleet.await_instances(INSTANCES)
         assert [observer.who_has(prompt(number)) for number in range(PROMPTS)] == homes
+    until(lambda: _answers(fleet), "answers again")
+    for number in range(PROMPTS, 2 * PROMPTS):  # it goes on learning; a lost notice is followed by others
+
+        def noted(number: int = number) -> bool:
+            ask(fleet, prompt(number))
+            return bool(observer.who_has(prompt(number)))
+
+        until(noted, "the prompt noted")
+    assert [observer.who_has(prompt(number)) for number in range(PROMPTS)] == homes
 
 
 def test_an_instance_that_is_removed_is_forgotten(tmp_path: Path) -> None:
