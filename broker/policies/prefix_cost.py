@@ -146,10 +146,13 @@ def _saved(match: Match, depths: NDArray[np.int64]) -> Costs:
     width = theirs.item(theirs.argmax()) / SAMPLES
     middles = (_MIDDLES * width).astype(np.int64)
     uses = np.maximum(match.uses(middles), 1.0)
-    fair = np.maximum((uses - 1.0) * (len(depths) / (match.requests + UNSURE)), 1.0 / COPIES)
-    copies = len(holders) - np.add.accumulate(np.bincount(theirs)).take(middles)
-    price = np.minimum(np.maximum(copies / fair - 1.0, 0.0) / (COPIES - 1.0), 1.0)
+    again = BEHIND + WASTED / uses
+    fair_copies = len(depths) / (match.requests + UNSURE)
+    if (uses.item(0) - 1.0) * fair_copies > 1.0 / COPIES:  # else one copy is enough of everything: the usual case
+        fair = np.maximum((uses - 1.0) * fair_copies, 1.0 / COPIES)
+        copies = len(holders) - np.add.accumulate(np.bincount(theirs)).take(middles)
+        again *= np.minimum(np.maximum(copies / fair - 1.0, 0.0) / (COPIES - 1.0), 1.0)
     worth = np.zeros(SAMPLES + 1)
-    np.add.accumulate((1.0 + price * (BEHIND + WASTED / uses)) * width, out=worth[1:])
+    np.add.accumulate((1.0 + again) * width, out=worth[1:])
     saved[holders] = np.interp(theirs, _EDGES * width, worth)
     return saved
