@@ -62,6 +62,10 @@ class Connection(HttpToolsProtocol):
     """Owned by its transport. `cycle` (uvicorn's name) is the request that was read last, `_running` the one whose
     answer is due; between them are those in `pipeline`."""
 
+    cycle: Any
+    """Of either kind: as long as a connection is not being lost, uvicorn looks at nothing of a cycle but
+    `response_complete` and `keep_alive`, which a `LeanCycle` has."""
+
     def __init__(
         self,
         config: uvicorn.Config,
@@ -78,6 +82,8 @@ class Connection(HttpToolsProtocol):
         self._idle = idle
         self._lean = lean
         self._bound = bound
+        self.peer = ""
+        self.writes_are_paused = False
         self._running: Cycle | None = None
         self._requested = False
         self._stopping = False
@@ -98,6 +104,7 @@ class Connection(HttpToolsProtocol):
         transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
         super().connection_made(transport)
         self.write = transport.write
+        self.peer = self.client[0] if self.client else ""
         if self._bound < PAUSE_AT:  # which is the transports' own
             transport.set_write_buffer_limits(high=self._bound)
         self._counters.count(TotalColumn.CONNECTIONS_OPENED)
@@ -144,11 +151,13 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.writes_are_paused = True
         if isinstance(self._running, LeanCycle):
             self._running.pause()
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.writes_are_paused = False
         if isinstance(self._running, LeanCycle):
             self._running.resume()
 
@@ -197,7 +206,7 @@ class Connection(HttpToolsProtocol):
             if says_too_large(found, self._lean.inference.limit):
                 cycle.refuse(too_large(self._lean.inference.limit))
             self.headers = []
-            self.cycle = _as_uvicorns(cycle)
+            self.cycle = cycle
             if self._running is None:
                 self._start_asgi_task(self.cycle, self.app)
             else:
@@ -279,7 +288,7 @@ class Connection(HttpToolsProtocol):
         self._requested = True
         self._idle.leave(self)
         self._running = cycle = lean.cycle(self, head, keep_alive=head.keep_alive and not self._stopping)
-        self.cycle = _as_uvicorns(cycle)
+        self.cycle = cycle
         cycle.more_body = False
         cycle.begin_with(body)
 
@@ -334,7 +343,7 @@ class Connection(HttpToolsProtocol):
         self._is_full = True
         self.pipeline.clear()
         if isinstance(self._current, LeanCycle):
-            self.cycle = _NO_CYCLE  # uvicorn tells it, too, in its own way
+            self.cycle = None  # uvicorn tells it, too, in its own way
 
     # -- what the server and the idle timer ask for ------------------------------------------------------------
 
@@ -354,14 +363,6 @@ class Connection(HttpToolsProtocol):
             self._break_off(BodyTooSlow("the rest of the body did not come"))
 
     # -- what a lean request asks for --------------------------------------------------------------------------
-
-    @property
-    def writes_are_paused(self) -> bool:
-        return self.flow.write_paused
-
-    @property
-    def peer(self) -> str:
-        return self.client[0] if self.client else ""
 
     def close(self) -> None:
         self.transport.close()
@@ -445,14 +446,6 @@ class Connection(HttpToolsProtocol):
             lines += (name, b": ", value, b"\r\n")
         self.write(b"".join((*lines, b"\r\n", data)))
         self.close()
-
-
-_NO_CYCLE = cast("RequestResponseCycle", None)
-
-
-def _as_uvicorns(cycle: LeanCycle) -> RequestResponseCycle:
-    """It has what uvicorn looks at in a cycle that is not being lost: `response_complete` and `keep_alive`."""
-    return cast("RequestResponseCycle", cycle)
 
 
 def _tell_gone(cycle: Cycle | None) -> None:

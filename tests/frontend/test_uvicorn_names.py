@@ -76,7 +76,6 @@ def test_what_a_cycle_holds_is_still_called_so() -> None:
 def test_the_rest_is_still_called_so() -> None:
     state = ServerState()
     assert (state.total_requests, state.connections, state.tasks, state.default_headers) == (0, set(), set(), [])
-    assert "write_paused" in assigned(FlowControl)
     assert callable(FlowControl.resume_reading)
     assert httptools_impl.STATUS_LINE[200] == b"HTTP/1.1 200 OK\r\n"
     # A request is told that it is complete through the bound method that it was made with.
