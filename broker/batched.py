@@ -60,8 +60,11 @@ class Batched(logging.Handler):
 
     def line(self, line: Line) -> None:
         """A line without a record; only while it `takes_lines`."""
-        assert self._loop is not None
-        self._keep(line, self._loop)
+        if self._timer is None or len(self._records) + 1 >= MAX_RECORDS:
+            assert self._loop is not None
+            self._keep(line, self._loop)
+        else:
+            self._records.append(line)
 
     def _keep(self, record: logging.LogRecord | Line, loop: asyncio.AbstractEventLoop) -> None:
         self._records.append(record)
@@ -127,6 +130,7 @@ class Lines:
     as long as everything else about a line."""
 
     def __init__(self, name: str) -> None:
+        self._name = name
         self._logger = logging.getLogger(name)
 
     @property
@@ -140,7 +144,7 @@ class Lines:
             if type(handler) is not Batched or not handler.takes_lines:
                 self._logger.info("%s", text)
                 return
-        line = time.time(), self._logger.name, logging.INFO, text
+        line = time.time(), self._name, logging.INFO, text
         for handler in handlers:
             if handler.level <= logging.INFO and type(handler) is Batched:
                 handler.line(line)

@@ -69,7 +69,7 @@ def log_end(
         f"id={ident.decode()} path={printable(path)} model={printable(model or '-')} instance={instance} "
         f"policy={policy} attempts={attempts} status={status} queue_ms={queue_ms} stolen_from={stolen_from} "
         f"rescued_from={rescued_from} ttft_ms={ttft_ms} duration_ms={_ms(duration_s)} bytes={size} "
-        f"tokens={_completion_tokens(end)} outcome={outcome.value}{hidden}"
+        f"tokens={_completion_tokens(end)} outcome={outcome}{hidden}"
     )
 
 
