@@ -13,7 +13,7 @@ import pytest
 from tests.blackbox import engine as scripts
 from tests.blackbox.engine import Handler
 from tests.blackbox.router import Router, chat
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 CHAT = "/v1/chat/completions"
 
@@ -148,7 +148,7 @@ def test_each_event_is_flushed_at_once(mixed: Router) -> None:
     def script(handler: Handler) -> None:
         handler.start_stream()
         handler.chunk(b"data: first\n\n")
-        go.wait(10)
+        go.wait(PATIENCE_S)
         handler.chunk(b"data: second\n\n")
         handler.end_stream()
 

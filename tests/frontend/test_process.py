@@ -127,7 +127,7 @@ class House:
         return self.run.reader.counters.in_flight(0)[0]
 
     async def exit_code(self, process: subprocess.Popen[bytes]) -> int:
-        return await asyncio.to_thread(process.wait, 15)
+        return await asyncio.to_thread(process.wait, PATIENCE_S)
 
     def close(self) -> None:
         for process in self.processes:

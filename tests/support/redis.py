@@ -87,7 +87,7 @@ class RedisServer:
 
     def command(self, *words: str | int | bytes) -> bytes:
         """One command; the answer as it came, for what has no simpler way in a test."""
-        with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), PATIENCE_S) as connection:
             said = b""
             if self.password:
                 connection.sendall(_encoded(("AUTH", self.password)))

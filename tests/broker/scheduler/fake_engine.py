@@ -8,6 +8,8 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 
+from tests.support.waiting import PATIENCE_S
+
 
 class FakeEngine:
     """`answers`: path -> (status, body). Whatever is not listed is a 404."""
@@ -25,7 +27,7 @@ class FakeEngine:
 
             def do_GET(self) -> None:
                 engine.asked[self.path] += 1
-                engine.release.wait(10)
+                engine.release.wait(PATIENCE_S)
                 status, body = engine.answers.get(self.path, (404, b"{}"))
                 with contextlib.suppress(ConnectionError):  # who asked may have left
                     self.send_response(status)

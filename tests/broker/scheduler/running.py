@@ -35,7 +35,7 @@ def settings(**sections: dict[str, object]) -> Config:
     quick: dict[str, dict[str, object]] = {
         "manager": {
             "health-check-interval-secs": 0.3,
-            "health-check-timeout-secs": 2,
+            "health-check-timeout-secs": 20,
             "health-failure-threshold": 2,
             "health-success-threshold": 2,
             "metrics-interval-secs": 0.2,
@@ -78,7 +78,7 @@ class RunningScheduler:
             )
         os.close(theirs)
         os.close(alive)
-        readable, _, _ = select.select([ready], [], [], 30)
+        readable, _, _ = select.select([ready], [], [], PATIENCE_S)
         said = os.read(ready, 64) if readable else b""
         os.close(ready)
         assert said == b"ready\n", self.log.read_text()
