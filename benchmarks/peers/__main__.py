@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks.peers import install, report
 from benchmarks.peers.machine import describe
 from benchmarks.peers.measure import Sample
+from benchmarks.peers.process import share_niceness
 from benchmarks.peers.rounds import MODES, Plan, run
 from benchmarks.peers.routers import ROOT, ROUTERS, Launch
 from benchmarks.peers.scenarios import SCENARIOS
@@ -32,6 +33,7 @@ def main() -> None:
         return
     if options.nice:
         os.nice(options.nice)
+        share_niceness()
     signal.signal(signal.SIGTERM, _end)
     missing = _missing()
     names = _chosen(options.only, ROUTERS)

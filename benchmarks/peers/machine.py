@@ -68,7 +68,8 @@ def label(pid: int) -> str:
         text = (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return "gone"
-    return " ".join(word.rpartition("/")[2] for word in text.split()[:3])
+    words = [word for word in text.split() if word != "-P"]
+    return " ".join(word.rpartition("/")[2] for word in words[:3])
 
 
 @dataclass(frozen=True)

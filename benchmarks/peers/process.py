@@ -78,8 +78,16 @@ def limit(core: int | None) -> None:
     """Runs in the child before its program."""
     if core is not None:
         os.sched_setaffinity(0, {core})
+    share_niceness()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def share_niceness() -> None:
+    """Makes this process's niceness that of its session. Where sessions share the machine (sched_autogroup), a process
+    is nice to those of its own session only."""
+    with contextlib.suppress(OSError):  # no such kernel, or not ours to say
+        Path("/proc/self/autogroup").write_text(str(os.nice(0)))
 
 
 def free_ports(count: int = 1) -> int:
