@@ -15,9 +15,9 @@
 
 enum { WAYS = 8, WAY_BITS = 3, FIELDS = 4, FIELD_BITS = 16, PLACE_BITS = 16 };
 enum { COUNT_BITS = 24, COUNT_MASK = (1 << COUNT_BITS) - 1, COUNT_UNIT = 256, HORIZON = 1024, INSERTED = 2 };
-enum { ROUND = 64 };     /* keys that are looked at together */
+enum { ROUND = 64 };       /* keys that are looked at together */
 enum { MOST_WORDS = 512 }; /* of a bitmap: MAX_MEMBERS + 1 bits */
-enum { ARRAYS = 6 };
+enum { ARRAYS = 6 };       /* that make up a table */
 
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define PREFETCH(p) __builtin_prefetch(p)
