@@ -222,7 +222,8 @@ class ZmqUpstream:
                     peer.pause_reading()
             return
         if reader.replies:
-            peer.send(*reader.replies)
+            if not peer.is_full:
+                peer.send(*reader.replies)
             reader.replies.clear()
         if peer.is_broken:
             self.broke(peer)

@@ -18,6 +18,7 @@ from frontend.upstream import zmtp
 from frontend.upstream.base import UpstreamRequest
 from frontend.upstream.zmq import ZmqUpstream
 from frontend.upstream.zmq_address import Address
+from frontend.upstream.zmq_peers import MARK_BYTES
 from tests.support.fake_engines import ZmqEngine
 from tests.support.sinks import RecordingSink
 from tests.support.waiting import eventually
@@ -157,6 +158,31 @@ def test_an_address_that_leads_nowhere_is_connect_failed_at_once(url: str) -> No
         await asyncio.wait_for(sink.ended.wait(), 4)
         assert isinstance(sink.error, ConnectFailed)
         upstream.close()
+
+    asyncio.run(scene())
+
+
+def test_what_an_engine_that_does_not_read_makes_us_say_is_bounded() -> None:
+    pings = command(b"PING", b"\0\1" + b"c" * 16) * 10_000
+
+    async def scene() -> None:
+        async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(OPENING)
+            while not writer.is_closing():
+                writer.write(pings)
+                await writer.drain()
+
+        async with await asyncio.start_server(flood, "127.0.0.1", 0) as server:
+            url = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            upstream = ZmqUpstream(Config())
+            upstream.see([Instance(url=url, engine=EngineKind.NATIVE, incarnation=b"n" * 16)])
+            (peer,) = upstream._peers._by_url.values()
+            await eventually(lambda: peer.is_full, upstream)
+            assert peer._transport is not None
+            for _ in range(20):
+                await eventually(lambda heard=peer.heard_at: peer.heard_at > heard, upstream)
+            assert peer._transport.get_write_buffer_size() < 2 * MARK_BYTES
+            upstream.close()
 
     asyncio.run(scene())
 
