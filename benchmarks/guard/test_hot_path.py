@@ -38,11 +38,11 @@ SOURCE = {
     "native event": Cost(bytecodes=0.78, cpu=0.70),
 }
 COMPILED = {
-    "request": Cost(bytecodes=0.64, cpu=3.6),
-    "request with a new head": Cost(bytecodes=1.23, cpu=6.0),
+    "request": Cost(bytecodes=0.58, cpu=3.2),
+    "request with a new head": Cost(bytecodes=1.18, cpu=5.2),
     "event": Cost(bytecodes=0.018, cpu=0.104),
-    "native request": Cost(bytecodes=0.71, cpu=4.5),
-    "native event": Cost(bytecodes=0.088, cpu=0.43),
+    "native request": Cost(bytecodes=0.66, cpu=3.8),
+    "native event": Cost(bytecodes=0.088, cpu=0.41),
 }
 """Its bytecodes are what is not compiled: the client's connection, the body, the log's handlers."""
 COSTS = COMPILED if is_compiled() else SOURCE
