@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TWINS  := $(wildcard shm/*/*.c broker/*/*.c)
+# Whole files to each of two cores, in their order: what the tests of a file share is started once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS   ?=
 
 # Run over the sources and over the compiled build.
@@ -31,8 +33,8 @@ run: compiled ## start Penstock; ARGS="--port 30000 --config_path config.yaml", 
 	@exec $(BIN)/penstock serve --sim auto $(ARGS)
 
 test: compiled ## the default test suite, on two cores; then what tests the request path, over its compiled build
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
-	$(if $(ARGS),,PYTHONMALLOC=debug $(BIN)/python -m pytest -n 2 --dist loadgroup -o "pythonpath=build/compiled ." $(PATH_TESTS))
+	$(PYTEST) $(ARGS)
+	$(if $(ARGS),,PYTHONMALLOC=debug $(PYTEST) -o "pythonpath=build/compiled ." $(PATH_TESTS))
 
 check: $(STAMP) ## lint, types, import rules
 	$(BIN)/ruff check .
