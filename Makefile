@@ -27,7 +27,7 @@ $(STAMP): requirements.lock pyproject.toml setup.py $(TWINS)
 	touch $@
 
 compiled: $(STAMP) ## compile the request path, if the sources are not those of the last time; PENSTOCK_COMPILED=0: never
-	@$(BIN)/python tools/compiled.py
+	@$(BIN)/python penstock_compiled.py
 
 run: compiled ## start Penstock; ARGS="--port 30000 --config_path config.yaml", simulated engines when none is configured
 	@exec $(BIN)/penstock serve --sim auto $(ARGS)

@@ -39,11 +39,6 @@ class Match(msgspec.Struct, frozen=True, gc=False):
         """How many requests ago the last known block was used, by whomever."""
         return 0 if self.pending else self.found.age
 
-    @property
-    def first_use(self) -> float:
-        """How many recent requests began with the first block; no later one has more."""
-        return self.found.first_use + len(self.pending)
-
     def uses(self, blocks: Vector) -> NDArray[np.float64]:
         """How many recent requests began with all up to each of these blocks, which rise from 0 on."""
         at = self.found.at

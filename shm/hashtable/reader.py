@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,14 +65,6 @@ class Found:
     def age(self) -> int:
         """Ticks since the last use of the last key found."""
         return max(self.tick - (self._use(-1) >> COUNT_BITS), 0) if len(self) else 0
-
-    @property
-    def first_use(self) -> float:
-        """How often the first key found was used of late."""
-        if not len(self):
-            return 0.0
-        use = self._use(self._skip)
-        return (use & COUNT_MASK) / COUNT_UNIT * math.exp(min((use >> COUNT_BITS) - self.tick, 0) / HORIZON)
 
     def uses(self, which: Vector) -> NDArray[np.float64]:
         """How often these of the keys found were used of late, faded to now. What has moved since counts as unused."""

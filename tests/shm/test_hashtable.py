@@ -55,7 +55,7 @@ def test_what_moved_since_the_look_up_counts_as_unused(shared: Segment) -> None:
     assert (found.uses(keys(0, 1)).tolist(), found.age) == ([1, 1], 0)
     writer.expire(8)
     writer.add(keys(6), 0, 9)
-    assert (found.uses(keys(0, 1)).tolist(), found.first_use) == ([0, 0], 0)
+    assert found.uses(keys(0, 1)).tolist() == [0, 0]
 
 
 def test_a_set_outgrows_its_word_and_stays_exact(shared: Segment) -> None:
@@ -241,8 +241,6 @@ def test_the_twins_find_the_same(tmp_path_factory: pytest.TempPathFactory, steps
     counts = found.uses(every)
     reader._compiled = None
     assert counts.tolist() == pytest.approx(found.uses(every).tolist())
-    if len(every):
-        assert found.first_use == pytest.approx(counts[0])
 
 
 def test_the_compiled_twin_reads_and_writes_nothing_that_is_not_there(shared: Segment, twin: str) -> None:

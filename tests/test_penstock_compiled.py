@@ -23,8 +23,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1\n")
-    (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools" / "compiled.py", tmp_path / "tools")
+    shutil.copy(ROOT / "penstock_compiled.py", tmp_path)
     (tmp_path / "build" / "compiled").mkdir(parents=True)
     (tmp_path / "build" / "compiled" / "sources").write_text(started(tmp_path)["sources"]())
     return tmp_path
@@ -32,7 +31,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def started(checkout: Path) -> dict[str, Callable[[], str]]:
     """As at the start of a Python; what the module holds."""
-    return runpy.run_path(str(checkout / "tools" / "compiled.py"), run_name="penstock_compiled")
+    return runpy.run_path(str(checkout / "penstock_compiled.py"), run_name="penstock_compiled")
 
 
 def runs_the_build(checkout: Path) -> bool:

@@ -15,7 +15,7 @@ Imported, this must be quick and must not fail: it is part of the start of each 
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+ROOT = os.path.dirname(os.path.realpath(__file__))
 COMPILED = os.path.join(ROOT, "build", "compiled")
 MADE_OF = os.path.join(COMPILED, "sources")
 PACKAGES = ("shm", "broker", "frontend")
@@ -49,6 +49,7 @@ def is_wanted() -> bool:
 
 def make() -> None:
     """Makes the build, if it is wanted and not there, and has the Python that runs this prefer it."""
+    import contextlib
     import fcntl
     import sysconfig
 
@@ -60,10 +61,13 @@ def make() -> None:
         if not is_fresh():
             _build()
     link = os.path.join(site, f"{NAME}.py")
-    if not os.path.lexists(link):
+    if not os.path.exists(link):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(link)
         os.symlink(os.path.realpath(__file__), link)
     with open(os.path.join(site, f"{NAME}.pth"), "w") as file:
-        file.write(f"import {NAME}\n")
+        # Not if it is gone: another commit may be checked out, which knows nothing of this.
+        file.write(f"import importlib.util; importlib.util.find_spec({NAME!r}) and __import__({NAME!r})\n")
 
 
 def _build() -> None:
