@@ -64,6 +64,14 @@ class Site:
         """`lean`: for connections that are to share what they know."""
         return Wire(self.frontend, path, self.inference, self.app, lean)
 
+    async def fed(self, path: Path, *reads: bytes) -> Wire:
+        """A connection on which these have come, each dealt with before the next."""
+        wire = self.connect(path)
+        for read in reads:
+            wire.feed(read)
+            await wire.settle()
+        return wire
+
     @property
     def is_idle(self) -> bool:
         return not self.frontend.forwarder.live and not any(self.frontend.in_flight)

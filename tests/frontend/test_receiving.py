@@ -33,14 +33,6 @@ def held(site: Site) -> int:
     return site.inference.receiving.held
 
 
-async def fed(site: Site, path: Path, *reads: bytes) -> Wire:
-    wire = site.connect(path)
-    for read in reads:
-        wire.feed(read)
-        await wire.settle()
-    return wire
-
-
 def play(scene: Callable[[], Awaitable[None]]) -> None:
     async def run() -> None:
         await scene()
@@ -51,8 +43,8 @@ def play(scene: Callable[[], Awaitable[None]]) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_the_one_that_grows_beyond_it_is_refused_and_the_others_go_on(bounded: Site, path: Path) -> None:
     async def scene() -> None:
-        first = await fed(bounded, path, BEGUN + BODY[:1500])
-        second = await fed(bounded, path, BEGUN, BODY[:500])
+        first = await bounded.fed(path, BEGUN + BODY[:1500])
+        second = await bounded.fed(path, BEGUN, BODY[:500])
         assert held(bounded) == 2000
         second.feed(BODY[500:600])
         await second.settle()
@@ -76,9 +68,9 @@ def test_the_one_that_grows_beyond_it_is_refused_and_the_others_go_on(bounded: S
 @pytest.mark.parametrize("path", PATHS)
 def test_a_body_in_one_read_is_taken_however_full_it_is(bounded: Site, path: Path) -> None:
     async def scene() -> None:
-        slow = await fed(bounded, path, BEGUN + BODY[:-1])
+        slow = await bounded.fed(path, BEGUN + BODY[:-1])
         for reads in ([BEGUN + BODY], [BEGUN, BODY], [GOOD]):
-            wire = await fed(bounded, path, *reads)
+            wire = await bounded.fed(path, *reads)
             assert wire.out == OK
             wire.close()
         assert held(bounded) == SIZE - 1
@@ -111,7 +103,7 @@ def spoil(wire: Wire) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_however_a_body_ends_it_counts_no_more(bounded: Site, path: Path, end: Callable[[Wire], None]) -> None:
     async def scene() -> None:
-        wire = await fed(bounded, path, BEGUN, BODY[:400], BODY[400:1000])
+        wire = await bounded.fed(path, BEGUN, BODY[:400], BODY[400:1000])
         assert held(bounded) == 1000
         end(wire)
         await wire.settle()

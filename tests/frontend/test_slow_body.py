@@ -8,24 +8,16 @@ import pytest
 
 from tests.frontend.conformance import GOOD, HEAD, LIVE, OK, short
 from tests.frontend.site import Site
-from tests.frontend.wire import PATHS, Path, Wire
+from tests.frontend.wire import PATHS, Path
 
 HALF = HEAD + b"content-length: 3\r\n\r\n{}"
-
-
-async def fed(site: Site, path: Path, *reads: bytes) -> Wire:
-    wire = site.connect(path)
-    for read in reads:
-        wire.feed(read)
-        await wire.settle()
-    return wire
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("reads", [[HALF], [HALF[:-1], b"}"], [GOOD, HALF], [GOOD + HALF], [LIVE, HALF]])
 def test_it_is_told_so_and_left(site: Site, path: Path, reads: list[bytes]) -> None:
     async def run() -> None:
-        wire = await fed(site, path, *reads)
+        wire = await site.fed(path, *reads)
         assert len(wire.idle) == 1
         wire.connection.idled()
         await wire.settle()
@@ -39,7 +31,7 @@ def test_it_is_told_so_and_left(site: Site, path: Path, reads: list[bytes]) -> N
 @pytest.mark.parametrize("path", PATHS)
 def test_one_that_goes_on_is_waited_for(site: Site, path: Path) -> None:
     async def run() -> None:
-        wire = await fed(site, path, HALF[:-2])
+        wire = await site.fed(path, HALF[:-2])
         for byte in (b"{", b"}"):
             since = wire.idle._since[wire.connection]
             await asyncio.sleep(0.002)

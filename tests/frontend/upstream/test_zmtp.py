@@ -11,7 +11,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.config import Config
+from broker.config import Config, Timeouts
 from broker.errors import ConnectFailed, UpstreamBroken, WireError
 from broker.types import EngineKind, Instance
 from frontend.upstream import zmtp
@@ -21,7 +21,7 @@ from frontend.upstream.zmq_address import Address
 from frontend.upstream.zmq_peers import MARK_BYTES
 from tests.support.fake_engines import ZmqEngine
 from tests.support.sinks import RecordingSink
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 READY = zmtp.ready(b"")
 OPENING = zmtp.GREETING + READY
@@ -147,19 +147,21 @@ def test_a_url_without_an_address_is_refused(url: str) -> None:
         Address(url)
 
 
+async def refused(url: str) -> None:
+    """A request to this address ends as `ConnectFailed`, before anybody waits for an answer."""
+    upstream = ZmqUpstream(Config(timeouts=Timeouts(connect_secs=2 * PATIENCE_S)))  # it is not this limit that ends it
+    sink = RecordingSink()
+    request = UpstreamRequest(path="/p", headers=[], body=b"", stream=True)
+    instance = Instance(url=url, engine=EngineKind.NATIVE, incarnation=b"n" * 16)
+    sink.call = upstream.open(instance, request, sink)
+    await asyncio.wait_for(sink.ended.wait(), PATIENCE_S)
+    assert isinstance(sink.error, ConnectFailed)
+    upstream.close()
+
+
 @pytest.mark.parametrize("url", ["tcp://a..b:1", "ipc://a\0b", f"ipc:///{'x' * 200}", "ipc:///nobody/listens"])
 def test_an_address_that_leads_nowhere_is_connect_failed_at_once(url: str) -> None:
-    async def scene() -> None:
-        upstream = ZmqUpstream(Config())
-        sink = RecordingSink()
-        request = UpstreamRequest(path="/p", headers=[], body=b"", stream=True)
-        instance = Instance(url=url, engine=EngineKind.NATIVE, incarnation=b"n" * 16)
-        sink.call = upstream.open(instance, request, sink)
-        await asyncio.wait_for(sink.ended.wait(), 4)
-        assert isinstance(sink.error, ConnectFailed)
-        upstream.close()
-
-    asyncio.run(scene())
+    asyncio.run(refused(url))
 
 
 def test_what_an_engine_that_does_not_read_makes_us_say_is_bounded() -> None:
@@ -196,13 +198,6 @@ def test_a_server_of_something_else_is_connect_failed_at_once() -> None:
 
         async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
             url = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            upstream = ZmqUpstream(Config())
-            sink = RecordingSink()
-            request = UpstreamRequest(path="/p", headers=[], body=b"", stream=True)
-            instance = Instance(url=url, engine=EngineKind.NATIVE, incarnation=b"n" * 16)
-            sink.call = upstream.open(instance, request, sink)
-            await asyncio.wait_for(sink.ended.wait(), 4)
-            assert isinstance(sink.error, ConnectFailed)
-            upstream.close()
+            await refused(url)
 
     asyncio.run(scene())
