@@ -16,6 +16,8 @@
 enum { WAYS = 8, WAY_BITS = 3, FIELDS = 4, FIELD_BITS = 16, PLACE_BITS = 16 };
 enum { COUNT_BITS = 24, COUNT_MASK = (1 << COUNT_BITS) - 1, COUNT_UNIT = 256, HORIZON = 1024, INSERTED = 2 };
 enum { ROUND = 64 };       /* keys that are looked at together */
+enum { MOST_ASKED = 64 };  /* members that `reach` is asked for, */
+enum { STEP = 8 };         /* at so many keys first, then at four times as many, and so on */
 enum { MOST_WORDS = 512 }; /* of a bitmap: MAX_MEMBERS + 1 bits */
 enum { ARRAYS = 6 };       /* that make up a table */
 
@@ -55,11 +57,13 @@ static int interrupt(PyObject *call) {
         __atomic_store_n(&(cell), (value), __ATOMIC_RELEASE);              \
     } while (0)
 
-/* Where members were seen: `reach[m]` = index behind the last key whose set has m. Keys come from the last to the first,
-   so the first one seen counts. */
+/* Where members were seen: index behind the last key whose set has the member. Keys come from the last to the first, so
+   the first one seen counts. Either every member's, or of those `asked` alone; what is not asked for counts as seen. */
 typedef struct {
-    int64_t *reach;
-    Py_ssize_t members;
+    int64_t *reach;       /* by member, or one for each of those asked */
+    Py_ssize_t members;   /* so many, or */
+    const int64_t *asked; /* these; NULL: every one */
+    Py_ssize_t left;      /* of these, not seen yet */
     uint64_t seen[MOST_WORDS];
 } Reach;
 
@@ -67,27 +71,34 @@ static void enter(Reach *r, Py_ssize_t word, uint64_t bits, int64_t stop) {
     bits &= ~r->seen[word];
     r->seen[word] |= bits;
     for (; bits; bits &= bits - 1) {
-        Py_ssize_t member = word * 64 + __builtin_ctzll(bits);
-        if (member < r->members) r->reach[member] = stop;
+        Py_ssize_t member = word * 64 + __builtin_ctzll(bits), i = 0;
+        if (r->asked == NULL) {
+            if (member < r->members) r->reach[member] = stop;
+            continue;
+        }
+        while (r->asked[i] != member) i++;
+        r->reach[i] = stop;
+        r->left--;
     }
 }
 
-/* Fills the ends of `at`, `places` and `moments`; returns how many keys were found, or -1 with an exception. */
-static Py_ssize_t look_up(Table *t, const int64_t *keys, Py_ssize_t count, int64_t *at, int64_t *places,
-                          int64_t *moments, Reach *r) {
+/* Looks at the keys from `first` on. Fills the ends of `at`, `places` and `moments`, unless `at` is NULL; returns how many
+   were found, or -1 with an exception. Where members are asked for, it ends with the last of them. */
+static Py_ssize_t look_up(Table *t, const int64_t *keys, Py_ssize_t first, Py_ssize_t count, int64_t *at,
+                          int64_t *places, int64_t *moments, Reach *r) {
     Py_ssize_t found = 0;
     int64_t entered = 0; /* the word that `r` knows already; 0 is the empty set */
     int64_t before[ROUND], place[ROUND];
-    for (Py_ssize_t i = count - 1; i >= 0 && i >= count - ROUND; i--) {
+    for (Py_ssize_t i = count - 1; i >= first && i >= count - ROUND; i--) {
         Py_ssize_t bucket = keys[i] & t->mask;
         PREFETCH(&t->sequence[bucket]);
         PREFETCH(&t->keys[bucket * WAYS]);
     }
-    for (Py_ssize_t stop = count; stop > 0; stop -= ROUND) {
-        Py_ssize_t start = stop > ROUND ? stop - ROUND : 0;
+    for (Py_ssize_t stop = count; stop > first; stop -= ROUND) {
+        Py_ssize_t start = stop - first > ROUND ? stop - ROUND : first;
         for (Py_ssize_t i = stop - 1; i >= start; i--) {
             Py_ssize_t bucket = keys[i] & t->mask, next = i - ROUND;
-            if (next >= 0) {
+            if (next >= first) {
                 Py_ssize_t then = keys[next] & t->mask;
                 PREFETCH(&t->sequence[then]);
                 PREFETCH(&t->keys[then * WAYS]);
@@ -125,20 +136,20 @@ static Py_ssize_t look_up(Table *t, const int64_t *keys, Py_ssize_t count, int64
             LOAD(again, t->sequence[where >> WAY_BITS]);
             if (again != before[i - start]) continue; /* the place may have been another key's */
             found++;
-            at[count - found] = i;
-            places[count - found] = where;
-            moments[count - found] = again;
+            if (at != NULL) {
+                at[count - found] = i;
+                places[count - found] = where;
+                moments[count - found] = again;
+            }
             if (word == entered) continue;
             entered = word;
-            if (word < 0) {
-                for (Py_ssize_t w = 0; w < t->words; w++) enter(r, w, bits[w], i + 1);
-                continue;
-            }
-            for (int field = 0; field < FIELDS; field++) {
+            for (Py_ssize_t w = 0; word < 0 && w < t->words; w++) enter(r, w, bits[w], i + 1);
+            for (int field = 0; word >= 0 && field < FIELDS; field++) {
                 int64_t member = (word >> field * FIELD_BITS & ((1 << FIELD_BITS) - 1)) - 1;
                 if (member >= 0 && member < t->words * 64)
                     enter(r, member >> 6, (uint64_t)1 << (member & 63), i + 1);
             }
+            if (r->asked != NULL && !r->left) return found;
         }
     }
     return found;
@@ -163,9 +174,9 @@ static PyObject *find(Table *t, PyObject *const *arguments, Py_ssize_t given) {
     if (out.len < 3 * keys.len) {
         PyErr_SetString(PyExc_ValueError, "no room for what is found");
     } else {
-        Reach r = {reach.buf, reach.len / 8, {0}};
+        Reach r = {reach.buf, reach.len / 8, NULL, 0, {0}};
         int64_t *at = out.buf;
-        found = look_up(t, keys.buf, count, at, at + count, at + 2 * count, &r);
+        found = look_up(t, keys.buf, 0, count, at, at + count, at + 2 * count, &r);
     }
     PyBuffer_Release(&reach);
 release_out:
@@ -173,6 +184,36 @@ release_out:
 release_keys:
     PyBuffer_Release(&keys);
     return found < 0 ? NULL : PyLong_FromSsize_t(found);
+}
+
+static PyObject *reach(Table *t, PyObject *const *arguments, Py_ssize_t given) {
+    int64_t asked[MOST_ASKED], reached[MOST_ASKED] = {0};
+    Reach r = {reached, 0, asked, 0, {0}};
+    Py_buffer keys;
+    if (given != 2 || !PyList_Check(arguments[1])) return PyErr_Format(PyExc_TypeError, "reach(keys, members)");
+    Py_ssize_t count = PyList_GET_SIZE(arguments[1]);
+    if (count > MOST_ASKED) return PyErr_Format(PyExc_ValueError, "at most %d members", MOST_ASKED);
+    memset(r.seen, 0xff, (size_t)t->words * 8);
+    for (; r.left < count; r.left++) {
+        int64_t member = asked[r.left] = PyLong_AsLongLong(PyList_GET_ITEM(arguments[1], r.left));
+        if (member == -1 && PyErr_Occurred()) return NULL;
+        uint64_t bit = (uint64_t)1 << (member & 63);
+        if (member < 0 || member >= t->words * 64 || !(r.seen[member >> 6] & bit))
+            return PyErr_Format(PyExc_ValueError, "no such member, or asked for twice");
+        r.seen[member >> 6] &= ~bit;
+    }
+    if (cells(arguments[0], &keys, 0) < 0) return NULL;
+    Py_ssize_t found = 0, step = STEP;
+    for (Py_ssize_t stop = keys.len / 8; stop > 0 && r.left && found >= 0; stop -= step, step *= 4)
+        found = look_up(t, keys.buf, stop > step ? stop - step : 0, stop, NULL, NULL, NULL, &r);
+    PyBuffer_Release(&keys);
+    PyObject *list = found < 0 ? NULL : PyList_New(count);
+    for (Py_ssize_t i = 0; list != NULL && i < count; i++) {
+        PyObject *stop = PyLong_FromLongLong(reached[i]);
+        if (stop == NULL) Py_CLEAR(list);
+        else PyList_SET_ITEM(list, i, stop);
+    }
+    return list;
 }
 
 /* Fills `out`; 0, or -1 with an exception. */
@@ -373,6 +414,7 @@ static PyObject *set_before_store(Table *t, PyObject *call) {
 
 static PyMethodDef methods[] = {
     {"find", (PyCFunction)(void (*)(void))find, METH_FASTCALL, "See _table.pyi."},
+    {"reach", (PyCFunction)(void (*)(void))reach, METH_FASTCALL, "See _table.pyi."},
     {"uses", (PyCFunction)(void (*)(void))uses, METH_FASTCALL, "See _table.pyi."},
     {"add", (PyCFunction)(void (*)(void))add, METH_FASTCALL, "See _table.pyi."},
     {"before_store", (PyCFunction)set_before_store, METH_O, "See _table.pyi."},

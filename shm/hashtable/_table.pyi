@@ -1,4 +1,4 @@
-"""The compiled twins of `TableReader.find` and `TableWriter.add`; `_table.c` has the reasons."""
+"""The compiled twins of `TableReader.find`, `TableReader.reach` and `TableWriter.add`; `_table.c` has the reasons."""
 
 from collections.abc import Callable
 
@@ -17,6 +17,10 @@ class Table:
         """How many keys were found. `Found.at`, `places` and `moments` stand at the ends of the three rows of `out`,
         each as long as `keys`; `reach`, zeroed before, is filled."""
 
+    def reach(self, keys: Vector, members: list[int], /) -> list[int]:
+        """As `TableReader.reach`, for at most 64 members. Raises ValueError for more, for one twice, or for one that no
+        set can have."""
+
     def uses(self, places: Vector, moments: Vector, which: Vector, tick: int, out: NDArray[np.float64], /) -> None:
         """Fills `out` with what `Found.uses` says."""
 
@@ -25,7 +29,7 @@ class Table:
         would take a bitmap, and bitmaps are the caller's business. Raises ValueError for a table that is only read."""
 
     def before_load(self, call: Callable[[], object] | None, /) -> None:
-        """To be called before each load of a shared cell in `find`, so that a test can step in between any two."""
+        """To be called before each load of a shared cell of a look-up, so that a test can step in between any two."""
 
     def before_store(self, call: Callable[[], object] | None, /) -> None:
         """To be called before each store; what it raises ends `add` there, as if the process had died."""

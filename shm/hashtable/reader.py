@@ -21,6 +21,8 @@ from shm.hashtable.layout import (
 )
 from shm.segment import Segment
 
+MOST_ASKED = 64
+"""Members that the compiled twin is asked for at once."""
 MANY = 16
 """Members from which on a set is stored as a vector: 4 us for any number, where one by one takes 0.2 us for each."""
 
@@ -107,6 +109,17 @@ class TableReader(Table):
         count = len(keys)
         out = np.empty((3, count), dtype=np.int64)
         return Found(self, reach, out, count - self._compiled.find(keys, out, reach))
+
+    def reach(self, keys: Vector, members: list[int]) -> list[int]:
+        """`Found.reach` of these few members (none twice), and nothing else: several times cheaper than `find`.
+
+        Keys are looked up from the last to the first, and no further than to where all of `members` were seen: for
+        who has had the whole prompt it takes a look at its last blocks.
+        """
+        if self._compiled is None or len(members) > MOST_ASKED:
+            reach: list[int] = self.find(keys).reach.take(members).tolist()
+            return reach
+        return self._compiled.reach(keys, members)
 
     def _find(self, keys: Vector, reach: Vector) -> Found:
         """The Python twin: numpy per key, Python per run of equal sets.

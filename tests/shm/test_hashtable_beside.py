@@ -80,12 +80,21 @@ def _its_bitmap_to_another_key(writer: TableWriter) -> None:
         writer.add(keys(3), member, 21)
 
 
+def _found(reader: TableReader) -> set[int]:
+    return members(reader.find(keys(1)))
+
+
+def _reached(reader: TableReader) -> set[int]:
+    return {member for member, stop in enumerate(reader.reach(keys(1), [*range(64)])) if stop}
+
+
+@pytest.mark.parametrize("look_up", [_found, _reached])
 @pytest.mark.parametrize(
     "change", [_another_key_in_its_place, _another_key_in_its_place_and_back, _its_bitmap_to_another_key]
 )
 @pytest.mark.parametrize("size", [1, 6])
 def test_a_reader_interrupted_anywhere_sees_no_other_keys_set(
-    tmp_path: Path, change: Callable[[TableWriter], None], size: int
+    tmp_path: Path, change: Callable[[TableWriter], None], size: int, look_up: Callable[[TableReader], set[int]]
 ) -> None:
     for at in range(LOADS):
         shared = segment(tmp_path / "table", capacity=WAYS, pool=2)
@@ -93,7 +102,7 @@ def test_a_reader_interrupted_anywhere_sees_no_other_keys_set(
         for member in range(size):
             writer.add(keys(1), member, 1)
         reader = _interrupted(shared, at, lambda: change(writer))  # noqa: B023  # called before the loop goes on
-        seen = members(reader.find(keys(1)))
+        seen = look_up(reader)
         assert seen <= {*range(size), 50} or seen == {61}, (at, seen)
 
 
@@ -156,8 +165,10 @@ def test_beside_a_writer_no_key_is_seen_with_anothers_members(tmp_path: Path) ->
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
             first = int(rng.integers(1, 400))
-            seen = reader.find(np.arange(first, first + 8, dtype=np.int64))
-            for member, stop in reach(seen).items():
+            run = np.arange(first, first + 8, dtype=np.int64)
+            seen = reader.find(run)
+            reached = enumerate(reader.reach(run, [*range(64)]))
+            for member, stop in (*reach(seen).items(), *((member, stop) for member, stop in reached if stop)):
                 assert member in _own(first + stop - 1), first + stop - 1
             found += len(seen.at)
         here.send(True)
