@@ -115,7 +115,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[PrefixIn
         prompts = [text(rng, 4096) for _ in range(2000)]
         prompts += [head[: PROMPT_CHARS // 8 * k] + text(rng, 1024) for k in range(1, 7) for _ in range(3)]
         for i, prompt in enumerate(prompts):
-            index.note(index.match(RouteRequest(prompt=prompt)), i % n)
+            index.note(RouteRequest(prompt=prompt), i % n)
             while notices := index.batch():
                 writer.apply(notices)
         made[n] = index, head

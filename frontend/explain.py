@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from broker import wire
 from broker.aborting import names
-from broker.policies.base import Vector
+from broker.policies.base import Numbers, Vector
 from broker.types import Role
 from broker.vectors import Seen
 from broker.view import TableReader
@@ -128,8 +127,8 @@ class _Numbers:
         self.blocks = "-" if why is None or depth is None else f"{depth}/{why.blocks:.0f}"
 
 
-def _at(vector: Vector | None, place: int | None) -> int | None:
-    return None if vector is None or place is None else int(vector[place])
+def _at(numbers: Sequence[int] | Vector | None, place: int | None) -> int | None:
+    return None if numbers is None or place is None else int(numbers[place])
 
 
 def _dash(value: object) -> str:
@@ -265,7 +264,7 @@ def _fitting(told: Json) -> bytes:
     return data
 
 
-def _nearest(seen: Seen, scores: Vector | NDArray[np.float64] | None, slot: int) -> list[int]:
+def _nearest(seen: Seen, scores: Numbers | None, slot: int) -> list[int]:
     """Places among the candidates: of those that are shown, in the order of their URLs."""
     if len(seen.slots) <= SHOWN:
         return list(range(len(seen.slots)))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable
 
+import numpy as np
+
 from broker.errors import NoInstance, PenstockError, UpstreamError
 from broker.faces import Event, Face
 from broker.faces.go import duration
@@ -135,8 +137,9 @@ class Story:
             most = max(int(why.loads.max()), 1)
             for its, hit, load, score in zip(slots, why.hits, why.loads, why.scores, strict=True):
                 self._tell(Event.SCORED, url=stories.url(int(its)), hit=hit, load=load / most, score=score)
-        met = why.hits > 0
-        hits = stories.listed(slots[met], why.hits[met])
+        percentages = np.asarray(why.hits)
+        met = percentages > 0
+        hits = stories.listed(slots[met], percentages[met])
         self._tell(Event.WEIGHED, url=stories.url(slot), loads=loads, hits=hits, now=now)
 
     def _follow(self, leg: Choice, legs: tuple[Choice, ...]) -> None:

@@ -8,7 +8,7 @@ granted elsewhere, an attempt repeated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Protocol
 
@@ -20,21 +20,22 @@ from broker.config import Scheduler
 from broker.types import RouteRequest
 
 Vector = NDArray[np.int64]
+Numbers = Sequence[float] | Vector | NDArray[np.float64]
 
 
 class Why(msgspec.Struct, frozen=True, gc=False):
-    """What decided a choice beyond what the view shows. Vectors over the candidates, kept as they are: reading them is
+    """What decided a choice beyond what the view shows. Numbers of the candidates, kept as they are: reading them is
     for whoever asks, later."""
 
-    scores: Vector | NDArray[np.float64]
+    scores: Numbers
     """The least wins."""
-    depths: Vector | None = None
+    depths: Sequence[int] | Vector | None = None
     """Leading blocks of the prompt that each had been sent; None: its prompt did not count."""
     blocks: float = 0.0
     """Of the prompt; the last one need not be full."""
     loads: Vector | None = None
     """Requests, where they were weighed against `hits`."""
-    hits: Vector | None = None
+    hits: Sequence[int] | Vector | None = None
     """Percentages of the prompt, where these count."""
     reason: str = ""
     """Why the prompt did not count."""

@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 
-from broker.policies.base import Loads, Options, Vector, Why, least
+from broker.policies.base import FEW, Loads, Options, Vector, Why, least
 from broker.prefix import PrefixIndex
 from broker.types import RouteRequest
 
@@ -27,9 +27,12 @@ class CacheAware:
     counts_prompts = False
 
     def __init__(self, options: Options, rng: Random, index: PrefixIndex) -> None:
-        self._options = options
-        self._missed = (100 - np.arange(101)) / 100 * options.hit_ratio_weight
+        self._abs_threshold = options.balance_abs_threshold
+        self._rel_threshold = options.balance_rel_threshold
+        self._load_weight = options.load_balance_weight
+        self._missed = [(100 - hit) / 100 * options.hit_ratio_weight for hit in range(101)]
         """The sum's first part, by percentage of hits."""
+        self._missed_vector = np.array(self._missed)
         self._rng = rng
         self._index = index
         self._by_load: RouteRequest | None = None
@@ -41,36 +44,68 @@ class CacheAware:
 
     def decide(self, request: RouteRequest, view: Loads, loads: Vector) -> int:
         """The sums over `loads`, which differ between this policy and its remote variant."""
-        options = self._options
+        if len(loads) <= FEW:
+            return self._of_few(request, view, loads)
+        return self._of_many(request, view, loads)
+
+    def _of_few(self, request: RouteRequest, view: Loads, loads: Vector) -> int:
+        """`_of_many` number by number: a dozen numpy calls take longer than the sums of a few candidates."""
+        values: list[int] = loads.tolist()
+        slots: list[int] = view.slots.tolist()
+        most = max(values)
+        if self._goes_by_load(request, view, loads, most, most - min(values)):
+            return slots[least(view.tokens, self._rng)]
+        prompt = self._index.prompt(request)
+        depths = self._index.depths(prompt, slots)
+        blocks = max(len(prompt.keys), 1)
+        hits = [depth * 100 // blocks for depth in depths]
+        missed, weight = self._missed, self._load_weight
+        if most:
+            scores = [missed[hit] + load / most * weight for hit, load in zip(hits, values, strict=True)]
+        else:
+            scores = [missed[hit] for hit in hits]
+        self.why = Why(scores, depths, prompt.blocks, loads, hits)
+        smallest = min(scores)
+        if scores.count(smallest) == 1:
+            return slots[scores.index(smallest)]
+        best = [i for i, score in enumerate(scores) if score == smallest]
+        return slots[best[least(view.tokens.take(best), self._rng)]]  # only then are their tokens added up
+
+    def _of_many(self, request: RouteRequest, view: Loads, loads: Vector) -> int:
         most: int = loads.item(loads.argmax())
-        apart: int = most - loads.item(loads.argmin())
-        uneven = apart > options.balance_abs_threshold and apart > options.balance_rel_threshold * most
-        if uneven or not (request.prompt or request.prompt_ids):
-            self._by_load = request
-            reason = "load imbalanced" if uneven else "tokenize failed: empty prompt for tokenizer"
-            self.why = Why(view.tokens, loads=loads, reason=reason)
+        if self._goes_by_load(request, view, loads, most, most - loads.item(loads.argmin())):
             return int(view.slots[least(view.tokens, self._rng)])
-        self._by_load = None
         match = self._index.match(request)
         depths = match.depths.take(view.slots)
         hits = depths * 100
         hits //= max(len(match.keys), 1)
-        scores = self._missed.take(hits)
+        scores = self._missed_vector.take(hits)
         if most:
-            scores += loads / most * options.load_balance_weight
+            scores += loads / most * self._load_weight
         self.why = Why(scores, depths, match.blocks, loads, hits)
         first = scores.argmin()
         best = (scores == scores[first]).nonzero()[0]
-        if len(best) > 1:  # only then their tokens are added up
+        if len(best) > 1:
             first = best[least(view.tokens.take(best), self._rng)]
-        return view.slots.item(first)
+        return int(view.slots[first])
+
+    def _goes_by_load(self, request: RouteRequest, view: Loads, loads: Vector, most: int, apart: int) -> bool:
+        """Whether the prompt has no part in the choice: the fewest tokens decide."""
+        uneven = apart > self._abs_threshold and apart > self._rel_threshold * most
+        if not uneven and (request.prompt or request.prompt_ids):
+            self._by_load = None
+            return False
+        self._by_load = request
+        reason = "load imbalanced" if uneven else "tokenize failed: empty prompt for tokenizer"
+        self.why = Why(view.tokens, loads=loads, reason=reason)
+        return True
 
     def tokens(self, request: RouteRequest, slot: int) -> int:
         return request.prompt_tokens
 
     def placed(self, request: RouteRequest, slot: int) -> None:
         if request is not self._by_load:
-            self._index.note(self._index.matched(request), slot, counted=False)
+            self._index.tell(request, slot)
 
     def cached(self, request: RouteRequest) -> Mapping[int, int]:
         return self._index.matched(request).cached(request.prompt_tokens)

@@ -113,7 +113,7 @@ class PrefixCost:
     def placed(self, request: RouteRequest, slot: int) -> None:
         match = self._index.matched(request)
         uncached = self._uncached(request, match, slot)
-        self._index.note(match, slot)
+        self._index.note(request, slot)
         self._backlog.add(slot, round(uncached), self._clock())
         self._mean = self._mean + LEARNING * (uncached - self._mean) if self._mean else uncached
         self._spent *= 1.0 - 1.0 / MEMORY

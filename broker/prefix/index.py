@@ -49,6 +49,25 @@ class _Notice(NamedTuple):
     """So many of the first keys need not be said."""
 
 
+class Prompt:
+    """A prompt in blocks, and what was found of it at its last look-up: it is asked for again, for the size of a lease,
+    a notice, a ticket."""
+
+    __slots__ = ("blocks", "depths", "keys", "match", "request", "slots")
+
+    def __init__(self, request: RouteRequest, keys: Vector, blocks: float) -> None:
+        self.request = request
+        self.keys = keys
+        """One per full block, at most the cap."""
+        self.blocks = blocks
+        """Its whole length; the last one need not be full, and the cap does not count."""
+        self.match: Match | None = None
+        self.slots: list[int] = []
+        """Those that `PrefixIndex.depths` was asked for, if it was the last to be asked,"""
+        self.depths: list[int] = []
+        """and what it said."""
+
+
 class PrefixIndex:
     """A frontend's half: looks up prompts, and notes where they were sent. Reads shared memory, never writes it."""
 
@@ -76,9 +95,7 @@ class PrefixIndex:
         self._outbox: deque[_Notice] = deque()
         self._outbox_keys = 0
         self._told = _Told(self._table, repeat_s, clock)
-        self._last: tuple[RouteRequest | None, Vector, float] = (None, np.empty(0, dtype=np.int64), 0.0)
-        self._matched: Match | None = None
-        """Of the last request."""
+        self._last: Prompt | None = None
         self.lost = 0
         """Notices given up because the scheduler did not take them in time."""
         self.on_note: Callable[[], None] = lambda: None
@@ -111,40 +128,59 @@ class PrefixIndex:
             repeat_s=scheduler.eviction_duration_mins * 60 / REPEAT_PART,
         )
 
+    def prompt(self, request: RouteRequest) -> Prompt:
+        """The request's prompt. The last one is kept: it may be picked for again, and the legs of a pair have one."""
+        last = self._last
+        if last is not None and (
+            request is (before := last.request)
+            or (
+                request.prompt is before.prompt
+                and request.prompt_ids is before.prompt_ids
+                and request.model == before.model
+            )
+        ):
+            return last
+        model = request.model or ""
+        if request.prompt_ids:
+            length = len(request.prompt_ids)
+            keys = token_keys(request.prompt_ids, self.block, namespace(model, self.block, "token"), self._limit)
+        else:
+            length = len(request.prompt)
+            keys = text_keys(request.prompt, self.block, namespace(model, self.block, "text"), self._limit)
+        self._last = last = Prompt(request, keys, length / self.block)
+        return last
+
     def match(self, request: RouteRequest) -> Match:
-        """What is known of the request's prompt. The keys of the last request are kept: it may be picked for again."""
-        if not self._is_last(request):
-            self._last = (request, *self._keys(request))
-        _, keys, blocks = self._last
+        """What is known of the request's prompt."""
+        prompt = self.prompt(request)
+        keys = prompt.keys
         found = self._table.find(keys)
         depths = found.reach[: self.slots]
-        pending = self._overlay(keys, depths)
-        self._matched = Match(keys, blocks, depths, found, pending, len(self._pending))
-        return self._matched
+        pending = []
+        for slot, depth in self._overlay(keys):
+            pending.append(depth)
+            if depth > depths[slot]:
+                depths[slot] = depth
+        prompt.slots, prompt.depths = [], []
+        prompt.match = match = Match(keys, prompt.blocks, depths, found, pending, len(self._pending))
+        return match
 
     def matched(self, request: RouteRequest) -> Match:
         """What `match` said of the request, if it is the last one; else what it says now."""
-        return self._matched if self._matched is not None and self._is_last(request) else self.match(request)
+        return self.prompt(request).match or self.match(request)
 
-    def _is_last(self, request: RouteRequest) -> bool:
-        """Whether it has the last one's prompt; the legs of a pair do."""
-        last = self._last[0]
-        return last is not None and (
-            request is last
-            or (request.prompt is last.prompt and request.prompt_ids is last.prompt_ids and request.model == last.model)
-        )
+    def depths(self, prompt: Prompt, slots: list[int]) -> list[int]:
+        """How many leading blocks of the prompt the instance in each of these slots has been sent: `match` for these
+        few, none twice, alone."""
+        depths = self._table.reach(prompt.keys, slots)
+        for slot, depth in self._overlay(prompt.keys):
+            if slot in slots and depth > depths[at := slots.index(slot)]:
+                depths[at] = depth
+        prompt.slots, prompt.depths = slots, depths
+        return depths
 
-    def _keys(self, request: RouteRequest) -> tuple[Vector, float]:
-        model = request.model or ""
-        if request.prompt_ids:
-            start = namespace(model, self.block, "token")
-            keys = token_keys(request.prompt_ids, self.block, start, self._limit)
-            return keys, len(request.prompt_ids) / self.block
-        start = namespace(model, self.block, "text")
-        return text_keys(request.prompt, self.block, start, self._limit), len(request.prompt) / self.block
-
-    def _overlay(self, keys: Vector, depths: Vector) -> list[int]:
-        """Adds the own notices that the scheduler has not applied yet; the depths of those that begin alike."""
+    def _overlay(self, keys: Vector) -> list[tuple[int, int]]:
+        """Own notices that the scheduler has not applied yet and that begin like these keys: slot, blocks in common."""
         pending = self._pending
         applied = self._applied[self._frontend]
         while pending and pending[0].number <= applied:
@@ -158,29 +194,39 @@ class PrefixIndex:
                 continue
             shared = min(len(keys), len(notice.keys))
             apart = (keys[:shared] != notice.keys[:shared]).nonzero()[0]
-            depth = int(apart[0]) if len(apart) else shared
-            alike.append(depth)
-            if depth > depths[notice.slot]:
-                depths[notice.slot] = depth
+            alike.append((notice.slot, int(apart[0]) if len(apart) else shared))
         return alike
 
-    def note(self, match: Match, slot: int, *, counted: bool = True) -> None:
-        """The prompt goes to `slot`: seen by this frontend at once, by the others when a batch has been applied.
+    def note(self, request: RouteRequest, slot: int) -> None:
+        """The request's prompt goes to `slot`: seen by this frontend at once, by the others when a batch has been
+        applied. It is one more use of every block, for those who ask how often they are used (`Match.uses`)."""
+        keys = self.prompt(request).keys
+        if len(keys):
+            self._note(keys, slot, 0)
 
-        `counted`: it is one more use of every block, for those who ask how often they are used (`Match.uses`).
-        Otherwise what matters is that the instance has it, and what was told of late is not said again: of a prompt
-        that goes on where another one ended, only the rest.
-        """
-        if not len(match.keys):
+    def tell(self, request: RouteRequest, slot: int) -> None:
+        """As `note`, where uses are not counted. What matters is that the instance has it, and what was told of late is
+        not said again: of a prompt that goes on where another one ended, only the rest."""
+        prompt = self.prompt(request)
+        keys = prompt.keys
+        if not len(keys):
             return
-        told = 0 if counted else self._told.tell(match, slot)
-        if told == len(match.keys):
-            return
+        if slot in prompt.slots:
+            had = prompt.depths[prompt.slots.index(slot)]
+        elif prompt.match is not None:
+            had = prompt.match.depths.item(slot)
+        else:
+            had = self.depths(prompt, [slot])[0]
+        told = self._told.tell(keys, slot, had)
+        if told < len(keys):
+            self._note(keys, slot, told)
+
+    def _note(self, keys: Vector, slot: int, told: int) -> None:
         self._number += 1
-        notice = _Notice(self._number, match.keys.item(0), match.keys, slot, self._generations[slot], told)
+        notice = _Notice(self._number, keys.item(0), keys, slot, self._generations[slot], told)
         self._pending.append(notice)
         self._outbox.append(notice)
-        self._outbox_keys += len(notice.keys) - told
+        self._outbox_keys += len(keys) - told
         while self._outbox_keys * 8 > OUTBOX_BYTES:
             lost = self._outbox.popleft()
             self._outbox_keys -= len(lost.keys) - lost.told
@@ -231,16 +277,16 @@ class _Told:
         self._until_s = 0.0
         self._until_inserted = 0
 
-    def tell(self, match: Match, slot: int) -> int:
-        """How many leading blocks of the prompt need not be told of the instance; the rest counts as told now."""
+    def tell(self, keys: Vector, slot: int, had: int) -> int:
+        """How many leading blocks of a prompt need not be told of the instance, which has been sent `had` of them; the
+        rest counts as told now."""
         now = self._clock()
         if self._room < 0 or now >= self._until_s or self._table.inserted >= self._until_inserted:
             self._keys.clear()
             self._room = TOLD
             self._until_s = now + self._repeat_s
             self._until_inserted = self._table.inserted + self._table.capacity // REPEAT_PART
-        keys, known = match.keys, self._keys[slot]
-        had: int = match.depths.item(slot)
+        known = self._keys[slot]
         if had == len(keys) and keys.item(-1) in known:
             return had
         marks: list[int] = keys[TOLD_EVERY - 1 :: TOLD_EVERY].tolist()

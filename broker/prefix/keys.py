@@ -52,14 +52,16 @@ def _constants(name: str, count: int) -> Words:
 
 
 @lru_cache(maxsize=16)
-def _weights(name: str, count: int) -> tuple[bytes, bytes]:
-    """The constants of blocks of so many words, for the compiled twin."""
-    return _constants(name, count).tobytes(), _constants(f"{name} high", count).tobytes()
-
-
-@lru_cache(maxsize=16)
-def _places(count: int) -> bytes:
-    return _constants("place", count).tobytes()
+def _tables(block: int, count: int) -> tuple[bytes, bytes, bytes, bytes, bytes]:
+    """The constants of so many blocks of that size, for the compiled twin: of places, of narrow words, of wide ones."""
+    narrow, wide = -(-block // 8), -(-block // 2)
+    return (
+        _constants("place", count).tobytes(),
+        _constants("narrow", narrow).tobytes(),
+        _constants("narrow high", narrow).tobytes(),
+        _constants("wide", wide).tobytes(),
+        _constants("wide high", wide).tobytes(),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -82,9 +84,9 @@ def text_keys(text: str, block: int, start: int, limit: int = BLOCKS) -> Vector:
     count = min(len(text) // block, limit)
     if compiled is None or not count:
         return _text_keys(text, block, start, count)
-    keys = np.empty(count, dtype=np.int64)
-    narrow, wide = _weights("narrow", -(-block // 8)), _weights("wide", -(-block // 2))
-    compiled.text_keys(block, start, _places(_round(count)), keys, text, *narrow, *wide)
+    keys = np.empty(count, np.int64)
+    places, narrow, narrow_high, wide, wide_high = _tables(block, _round(count))
+    compiled.text_keys(block, start, places, keys, text, narrow, narrow_high, wide, wide_high)
     return keys
 
 
@@ -109,8 +111,9 @@ def token_keys(tokens: Sequence[int] | Vector, block: int, start: int, limit: in
     ids = np.asarray(tokens[: count * block], dtype=np.int64)
     if compiled is None:
         return _chain(_wide(ids.astype(np.uint32).reshape(count, block)), start)
-    keys = np.empty(count, dtype=np.int64)
-    compiled.token_keys(block, start, _places(_round(count)), keys, ids, *_weights("wide", -(-block // 2)))
+    keys = np.empty(count, np.int64)
+    places, _, _, wide, wide_high = _tables(block, _round(count))
+    compiled.token_keys(block, start, places, keys, ids, wide, wide_high)
     return keys
 
 

@@ -57,7 +57,7 @@ class Shared:
 
     def send(self, text: str, slot: int, frontend: int = 0) -> None:
         index = self.frontends[frontend]
-        index.note(index.match(RouteRequest(prompt=text)), slot)
+        index.note(RouteRequest(prompt=text), slot)
 
     def depths(self, text: str, frontend: int = 0) -> dict[int, int]:
         depths = self.frontends[frontend].match(RouteRequest(prompt=text)).depths
@@ -208,6 +208,19 @@ def test_depths_are_leading_blocks_by_slot(shared: Shared) -> None:
     assert shared.depths(HEAD) == {1: 2, 2: 5, 4: 3}
 
 
+def test_of_few_slots_alone_the_depths_are_the_same(shared: Shared) -> None:
+    shared.send(HEAD[:128] + "other" * 20, 1)
+    shared.send(HEAD + "x" * 100, 2)
+    shared.deliver()
+    shared.send(HEAD[:192], 4)
+    shared.send(HEAD[:192], 2)
+    index = shared.frontends[0]
+    every = index.match(RouteRequest(prompt=HEAD)).depths
+    for slots in ([], [4], [2, 0, 1], [4, 3, 2, 1]):
+        assert index.depths(index.prompt(RouteRequest(prompt=HEAD)), slots) == every[slots].tolist()
+    assert index.depths(index.prompt(RouteRequest(prompt="short")), [1, 2]) == [0, 0]
+
+
 def test_own_and_shared_knowledge_of_a_slot_count_as_the_deeper_one(shared: Shared) -> None:
     shared.send(HEAD, 3)
     shared.deliver()
@@ -235,7 +248,7 @@ def test_token_prompts_text_prompts_and_models_do_not_meet(shared: Shared) -> No
         RouteRequest(prompt_ids=[ord(c) for c in HEAD]),
     ]
     for slot, request in enumerate(requests):
-        index.note(index.match(request), slot)
+        index.note(request, slot)
     for slot, request in enumerate(requests):
         assert np.flatnonzero(index.match(request).depths).tolist() == [slot]
 
@@ -255,7 +268,9 @@ class Teller:
 
     def send(self, text: str, slot: int, *, lost: bool = False) -> int:
         """Returns how many blocks were told."""
-        self.index.note(self.index.match(RouteRequest(prompt=text)), slot, counted=False)
+        request = RouteRequest(prompt=text)
+        self.index.match(request)
+        self.index.tell(request, slot)
         notices = self.index.batch()
         if notices is None:
             return 0
@@ -279,6 +294,19 @@ def test_of_a_prompt_that_goes_on_only_the_rest_is_told(shared: Shared) -> None:
     assert teller.send(LONG[:1600] + "y" * 640, 3) == 35 - 16
     assert shared.depths(LONG + "x" * 640, frontend=1) == {3: 50}
     assert shared.depths(LONG[:1600] + "y" * 640, frontend=1) == {3: 35}
+
+
+def test_what_was_told_is_known_from_the_choice_or_looked_up(shared: Shared) -> None:
+    """After a choice among many, among few, or at another time."""
+    teller, other = Teller(shared), RouteRequest(prompt="z" * 64)
+    index, request = teller.index, RouteRequest(prompt=LONG)
+    assert teller.send(LONG, 3) == 40
+    index.depths(index.prompt(request), [2, 3])
+    index.tell(request, 3)
+    assert index.batch() is None
+    index.prompt(other)
+    index.tell(request, 3)
+    assert index.batch() is None
 
 
 def test_what_was_told_and_got_lost_is_told_again(shared: Shared) -> None:
@@ -309,7 +337,7 @@ def test_what_is_remembered_as_told_is_bounded(shared: Shared, monkeypatch: pyte
     monkeypatch.setattr("broker.prefix.index.TOLD", 100)
     teller = Teller(shared)
     for number in range(300):
-        teller.index.note(teller.index.match(RouteRequest(prompt=f"{number:064d}" * 40)), number % 4, counted=False)
+        teller.index.tell(RouteRequest(prompt=f"{number:064d}" * 40), number % 4)
         assert sum(len(keys) for keys in teller.index._told._keys.values()) <= 103
 
 

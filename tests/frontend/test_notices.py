@@ -35,7 +35,7 @@ class Bench:
         return self.takes
 
     def note(self, text: str, slot: int = 3) -> None:
-        self.index.note(self.index.match(RouteRequest(prompt=text)), slot)
+        self.index.note(RouteRequest(prompt=text), slot)
 
     @property
     def lost(self) -> int:

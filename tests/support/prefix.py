@@ -23,7 +23,7 @@ class Prefixes:
     def sent(self, prompt: str, *slots: int) -> None:
         """The prompt has been sent to these, and everybody knows."""
         for slot in slots:
-            self.index.note(self.index.match(RouteRequest(prompt=prompt)), slot)
+            self.index.note(RouteRequest(prompt=prompt), slot)
         self.deliver()
 
     def deliver(self) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from broker.policies import Options, Picker, make_policy
 from broker.policies.cache_aware import CacheAware
@@ -98,9 +101,8 @@ def test_it_says_what_decided(prefixes: Prefixes) -> None:
     rule = policy(prefixes)
     assert rule.pick(REQUEST, FakeLoads(2)) == 101
     assert rule.why is not None
-    assert rule.why.scores.tolist() == [1.0, 0.5]
-    assert rule.why.depths is not None
-    assert rule.why.depths.tolist() == [0, 2]
+    assert rule.why.scores == [1.0, 0.5]
+    assert rule.why.depths == [0, 2]
     rule.pick(REQUEST, FakeLoads(2).having(in_flight=[9, 0], tokens=[1, 2]))
     assert rule.why.depths is None
     assert rule.why.reason == "load imbalanced"
@@ -150,6 +152,30 @@ def test_token_ids_count_as_text_does(prefixes: Prefixes) -> None:
     first = rule.pick(request, FakeLoads(8))
     rule.placed(request, first)
     assert choices(policy(prefixes), FakeLoads(8), request) == {first}
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sent=st.lists(st.tuples(st.sampled_from(["", "aaaa", "bbbb", "cccc"]), st.integers(100, 103)), max_size=4),
+    loads=st.lists(st.integers(0, 4), min_size=4, max_size=4),
+    tokens=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+    balance=st.sampled_from([0.0, 0.25, 1.0]),
+    threshold=st.sampled_from([1.0, 100.0]),
+)
+def test_few_and_many_candidates_are_weighed_alike(
+    prefixes: Prefixes, sent: list[tuple[str, int]], loads: list[int], tokens: list[int], balance: float, threshold: int
+) -> None:
+    """By lists and by numpy: the same choice, drawn alike, for the same reason."""
+    for second, slot in sent:
+        prefixes.sent("aaaa" + second + "dddd", slot)
+    options = Options(load_balance_weight=balance, balance_abs_threshold=threshold)
+    few, many = policy(prefixes, options), policy(prefixes, options)
+    view = FakeLoads(4).having(in_flight=loads, tokens=tokens)
+    for request in (REQUEST, RouteRequest(prompt="aaaabbbbdddd"), RouteRequest()):
+        assert few._of_few(request, view, view.in_flight) == many._of_many(request, view, view.in_flight)
+        for name in ("scores", "depths", "blocks", "loads", "hits", "reason"):
+            one, other = getattr(few.why, name), getattr(many.why, name)
+            assert np.array_equal(one, other), name
 
 
 @pytest.mark.parametrize("name", ["cache_aware", "remote_cache_aware", "prefix_cost"])

@@ -71,7 +71,7 @@ class Bench:
         return [Entry(slot, generation, State.READY, instance) for slot, generation in self.generations.items()]
 
     def note(self, text: str, slot: int) -> RoutingNotices:
-        self.index.note(self.index.match(RouteRequest(prompt=text)), slot)
+        self.index.note(RouteRequest(prompt=text), slot)
         notices = self.index.batch()
         assert notices is not None
         return notices
