@@ -27,12 +27,18 @@ REQUEST_PATH = (
     "broker/saturation.py",
     "broker/vectors.py",
     "broker/view.py",
+    "broker/policies/draw.py",
+    "broker/policies/cache_aware.py",
     "broker/policies/request_num.py",
     "broker/policies/round_robin.py",
+    "broker/prefix/index.py",
+    "broker/prefix/keys.py",
+    "broker/policies/whole_prompts.py",
     "frontend/account.py",
     "frontend/admission.py",
     "frontend/api.py",
     "frontend/breaker.py",
+    "frontend/client.py",
     "frontend/dispatch.py",
     "frontend/forward.py",
     "frontend/forwarder.py",
@@ -92,6 +98,7 @@ class Build(build_ext):
 
 setup(
     ext_modules=[
+        Extension("shm._cells", ["shm/_cells.c"], optional=True),
         Extension("shm.hashtable._table", ["shm/hashtable/_table.c"], optional=True),
         Extension("broker.prefix._keys", ["broker/prefix/_keys.c"], optional=True),
         *request_path(),

@@ -36,10 +36,11 @@ from broker.faces import PENSTOCK
 from frontend.account import count_response
 from frontend.answer import PAUSE_AT, whole_error
 from frontend.api import too_large
+from frontend.client import Client
 from frontend.errors import BodyTooSlow, HeadTooLarge, Malformed
 from frontend.idle import IdleConnections
 from frontend.lean import Lean, LeanCycle
-from frontend.request_head import RequestHead, read_head, says_too_large
+from frontend.request_head import read_head, says_too_large
 
 logger = logging.getLogger("frontend")
 
@@ -82,8 +83,7 @@ class Connection(HttpToolsProtocol):
         self._idle = idle
         self._lean = lean
         self._bound = bound
-        self.peer = ""
-        self.writes_are_paused = False
+        self._client: Client | None = None  # what the transport calls instead of us, as long as there is one
         self._running: Cycle | None = None
         self._requested = False
         self._stopping = False
@@ -103,8 +103,10 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
         super().connection_made(transport)
-        self.write = transport.write
-        self.peer = self.client[0] if self.client else ""
+        if self._lean is not None:
+            peer = self.client[0] if self.client else ""
+            self._client = Client(self, transport, peer, self._lean, self.server_state, self._idle)
+            transport.set_protocol(cast("asyncio.Protocol", self._client))  # by its methods
         if self._bound < PAUSE_AT:  # which is the transports' own
             transport.set_write_buffer_limits(high=self._bound)
         self._counters.count(TotalColumn.CONNECTIONS_OPENED)
@@ -114,16 +116,13 @@ class Connection(HttpToolsProtocol):
         self._counters.count(TotalColumn.CONNECTIONS_CLOSED)
         self._idle.leave(self)
         self._part()
+        self._client = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._is_full:
             return
-        if self._is_between and self._running is None and self._lean is not None:
-            known = self._lean.known.whole(data)
-            if known is not None and len(known[1]) <= self._lean.inference.limit and not self.transport.is_closing():
-                self._serve(self._lean, *known)
-                return
+        if self._is_between and self._running is None:
             self._fresh = data
         self._dry_bytes += len(data)
         rest = data
@@ -146,18 +145,16 @@ class Connection(HttpToolsProtocol):
 
     def eof_received(self) -> None:
         if self._running is not None:
-            self.abort()
+            self.transport.abort()
             self._part()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.writes_are_paused = True
         if isinstance(self._running, LeanCycle):
             self._running.pause()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.writes_are_paused = False
         if isinstance(self._running, LeanCycle):
             self._running.resume()
 
@@ -195,14 +192,14 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_AHEAD or self.transport.is_closing():
             self._stop_reading()
             return
-        if self._lean is not None and self._lean.takes(self.parser.get_method(), self.url):
+        if self._lean is not None and self._client is not None and self._lean.takes(self.parser.get_method(), self.url):
             keep_alive = modern and self.parser.should_keep_alive()
             target, found = self.url.decode("ascii"), self.headers
             path = target.partition("?")[0]
             head = read_head(path, target, found, names=self._lean.names, modern=modern, keep_alive=keep_alive)
             if fresh and not head.ident and not self.expect_100_continue:
                 self._lean.known.learn(fresh, len(found), head)
-            cycle = self._lean.cycle(self, head, keep_alive=keep_alive and not self._stopping)
+            cycle = self._lean.cycle(self._client, head, keep_alive=keep_alive and not self._stopping)
             if says_too_large(found, self._lean.inference.limit):
                 cycle.refuse(too_large(self._lean.inference.limit))
             self.headers = []
@@ -283,14 +280,14 @@ class Connection(HttpToolsProtocol):
 
     # -- the running request -----------------------------------------------------------------------------------
 
-    def _serve(self, lean: Lean, head: RequestHead, body: bytes) -> None:
-        """A whole request whose head is known: all that the parser's callbacks would have done."""
-        self._requested = True
-        self._idle.leave(self)
-        self._running = cycle = lean.cycle(self, head, keep_alive=head.keep_alive and not self._stopping)
-        self.cycle = cycle
-        cycle.more_body = False
-        cycle.begin_with(body)
+    @property
+    def is_at_rest(self) -> bool:
+        """No request is under way or half read, and none is refused."""
+        return self._running is None and self._is_between and not self._is_full
+
+    def adopt(self, cycle: LeanCycle) -> None:
+        """A request that `Client` began is under way, and is one of ours from now on."""
+        self._running = self.cycle = cycle
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """uvicorn's name for: it is this request's turn."""
@@ -302,7 +299,7 @@ class Connection(HttpToolsProtocol):
                 if running.is_ready:  # refused: whether its body will follow nobody knows
                     running.keep_alive = False
                 elif self.parser.get_http_version() == "1.1":
-                    self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._go_on(running)
         else:
             super()._start_asgi_task(cycle, app)
@@ -329,9 +326,11 @@ class Connection(HttpToolsProtocol):
             elif self._refusal is not None:
                 self._say(self._refusal)
             elif self._is_full:
-                self.close()
+                self.transport.close()
             else:
                 self._idle.enter(self)
+                if self._client is not None:
+                    self._client.is_free = self.is_at_rest
                 break
         self._is_advancing = False
 
@@ -350,25 +349,21 @@ class Connection(HttpToolsProtocol):
     def shutdown(self) -> None:
         # uvicorn would close an idle one at once. Without the wait: (1) the client connects, or is told that it may go
         # on, (2) it sends a request, (3) we close, and the request is never read, though all was well when it was made.
+        requested = self._requested
+        if self._client is not None:
+            self._client.step_aside()
+            requested = requested or self._client.has_served
         if self._stopping or self._running is not None:
             super().shutdown()
         else:
-            self.loop.call_later(NEXT_REQUEST_S if self._requested else FIRST_REQUEST_S, super().shutdown)
+            self.loop.call_later(NEXT_REQUEST_S if requested else FIRST_REQUEST_S, super().shutdown)
         self._stopping = True
 
     def idled(self) -> None:
         if self._running is None:
-            self.close()
+            self.transport.close()
         elif self._running is self._current and not self._is_between:
             self._break_off(BodyTooSlow("the rest of the body did not come"))
-
-    # -- what a lean request asks for --------------------------------------------------------------------------
-
-    def close(self) -> None:
-        self.transport.close()
-
-    def abort(self) -> None:
-        self.transport.abort()
 
     # -- refusals ----------------------------------------------------------------------------------------------
 
@@ -429,7 +424,7 @@ class Connection(HttpToolsProtocol):
             if broken is not self._running:
                 self._drop_last()
             elif isinstance(broken, RequestResponseCycle) and broken.response_started:
-                self.abort()
+                self.transport.abort()
             else:
                 _tell_gone(broken)
                 self._running = None
@@ -444,8 +439,8 @@ class Connection(HttpToolsProtocol):
         lines = [STATUS_LINE[status]]
         for name, value in (*self.server_state.default_headers, *found, (b"connection", b"close")):
             lines += (name, b": ", value, b"\r\n")
-        self.write(b"".join((*lines, b"\r\n", data)))
-        self.close()
+        self.transport.write(b"".join((*lines, b"\r\n", data)))
+        self.transport.close()
 
 
 def _tell_gone(cycle: Cycle | None) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
@@ -30,6 +30,9 @@ from frontend.forward import Forward
 from frontend.known_heads import KnownHeads
 from frontend.request_head import RequestHead
 from frontend.upstream.base import AnswerHead, Headers
+
+if TYPE_CHECKING:
+    from frontend.client import Client
 
 logger = logging.getLogger("frontend")
 
@@ -81,29 +84,6 @@ class Lean:
         before, after = (b"".join([b"%b: %b\r\n" % pair for pair in part]) for part in (found[:at], found[at + 1 :]))
         head.lines = before + b"content-length: ", after
         return head.lines
-
-
-class Client(Protocol):
-    """What a cycle needs of its connection."""
-
-    @property
-    def writes_are_paused(self) -> bool: ...
-
-    @property
-    def peer(self) -> str:
-        """The client's address."""
-
-    @property
-    def write(self) -> Callable[[bytes], None]:
-        """Sends bytes. The transport's own, so that an event of a stream touches nothing else of the connection."""
-
-    def close(self) -> None:
-        """After what was sent."""
-
-    def abort(self) -> None:
-        """At once, so that it cannot pass for an orderly end."""
-
-    def on_response_complete(self) -> None: ...
 
 
 class LeanCycle:

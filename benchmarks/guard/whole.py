@@ -71,6 +71,11 @@ class Transport:
         self.sent: list[bytes] = []
         self.write = self.sent.append
 
+        self.protocol: Any = None
+
+    def set_protocol(self, protocol: Any) -> None:
+        self.protocol = protocol
+
     def is_closing(self) -> bool:
         return False
 
@@ -175,7 +180,7 @@ class Whole:
 
     def ask(self, data: bytes) -> EngineConnection | Peer:
         """The client sends a request; the connection to the engine that got it."""
-        self.connection.data_received(data)
+        self.client.protocol.data_received(data)
         self._turns.run()
         for connection, transport in self.engines:
             if transport.sent:
@@ -189,7 +194,7 @@ class Whole:
         return data
 
     def close(self) -> None:
-        self.connection.connection_lost(None)
+        self.client.protocol.connection_lost(None)
         self.native.close()
         self.idle.close()
         self.run.__exit__()

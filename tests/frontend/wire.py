@@ -32,7 +32,7 @@ class Transport:
     """What a protocol sees of asyncio; the test plays the network."""
 
     def __init__(self, protocol: asyncio.Protocol) -> None:
-        self._protocol = protocol
+        self.protocol = protocol
         self._loop = asyncio.get_running_loop()
         self._high = HIGH_WATER
         self._held: list[bytes] = []
@@ -63,10 +63,13 @@ class Transport:
 
     def end(self) -> None:
         """The client ends its half."""
-        if not self._closing and not self._protocol.eof_received():
+        if not self._closing and not self.protocol.eof_received():
             self.close()
 
     # -- the protocol's side -----------------------------------------------------------------------------------
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = cast("asyncio.Protocol", protocol)
 
     def write(self, data: bytes) -> None:
         if self.lost or self.aborted:
@@ -78,7 +81,7 @@ class Transport:
             self._loop.call_soon(self._flush)
         if self.get_write_buffer_size() > self._high and not self._paused:
             self._paused = True
-            self._protocol.pause_writing()
+            self.protocol.pause_writing()
 
     def get_write_buffer_size(self) -> int:
         return sum(map(len, self._held))
@@ -117,7 +120,7 @@ class Transport:
             self._held.clear()
         if self._paused:
             self._paused = False
-            self._protocol.resume_writing()
+            self.protocol.resume_writing()
         if self._closing and not self._held:
             self._lose(None)
 
@@ -125,7 +128,7 @@ class Transport:
         self._closing = True
         if not self.lost:
             self.lost = True
-            self._protocol.connection_lost(error)
+            self.protocol.connection_lost(error)
 
 
 class Wire:
@@ -159,7 +162,7 @@ class Wire:
 
     def feed(self, data: bytes) -> None:
         if not self.transport.is_closing():
-            self.connection.data_received(data)
+            self.transport.protocol.data_received(data)
 
     @property
     def out(self) -> bytes:
