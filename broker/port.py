@@ -8,7 +8,9 @@ without that a message that arrived during a send would lie unread until the nex
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
+from typing import Final
 
 import zmq
 
@@ -17,14 +19,29 @@ DRAIN = 256
 
 Frames = list[bytes]
 
+_DONTWAIT: Final = int(zmq.DONTWAIT)
+_POLLIN: Final = int(zmq.POLLIN)
+_EVENTS: Final = zmq.SocketOption.EVENTS
+
 
 class Port:
     """Owns the socket. `receive` is called for each message, on the loop's thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], receive: Callable[[Frames], None]):
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        socket: zmq.Socket[bytes],
+        receive: Callable[[Frames], None],
+        *,
+        rest_s: float = 0.0,
+    ):
+        """`rest_s`: once something was heard, the socket is not looked at again for up to so long. All that rest as
+        long wake up together: what costs is that a process is woken, not what it then does."""
         self._loop = loop
         self._socket = socket
         self._receive = receive
+        self._rest_s = rest_s
+        self._resting: asyncio.TimerHandle | None = None
         self._fd = socket.fileno()
         self._woken = False
         self._closed = False
@@ -36,35 +53,66 @@ class Port:
         try:
             self._socket.send_multipart(frames, zmq.DONTWAIT, copy=True)
         finally:
-            if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if self._is_readable():
                 self._wake()
 
     def drain(self) -> None:
         """Handles what is readable, at most `DRAIN` messages. If the receiver raises, the others are not left lying."""
         self._woken = False
         more = True
+        heard = False
         try:
             for _ in range(DRAIN):
                 if self._closed:
                     return
-                try:
-                    frames = self._socket.recv_multipart(zmq.DONTWAIT)
-                except zmq.Again:
+                if not self._is_readable():
                     more = False
                     return
-                self._receive(frames)
+                heard = True
+                self._receive(self._next())
         finally:
             if more:
                 self._wake()
+            elif self._rest_s:
+                self._rest(heard)
 
     def close(self, linger_ms: int = 0) -> None:
         """Idempotent. `linger_ms`: how long unsent messages may still leave in the background."""
         if not self._closed:
             self._closed = True
+            if self._resting is not None:
+                self._resting.cancel()
             self._loop.remove_reader(self._fd)
             self._socket.close(linger=linger_ms)
+
+    def _is_readable(self) -> bool:
+        """Asked for, not tried: an `Again` is made by more Python than all of a drain."""
+        return bool(int(self._socket.getsockopt(_EVENTS)) & _POLLIN)
+
+    def _next(self) -> Frames:
+        """The next message, of which there is one."""
+        frame = self._socket.recv(_DONTWAIT, copy=False)
+        frames = [frame.bytes]
+        while frame.more:
+            frame = self._socket.recv(_DONTWAIT, copy=False)
+            frames.append(frame.bytes)
+        return frames
 
     def _wake(self) -> None:
         if not self._woken and not self._closed:
             self._woken = True
             self._loop.call_soon(self.drain)
+
+    def _rest(self, heard: bool) -> None:
+        """After a drain: sleeps while there is something to hear each time; else the next message wakes us."""
+        was_resting = self._resting is not None
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
+        if heard:
+            if not was_resting:
+                self._loop.remove_reader(self._fd)
+            until = (math.floor(self._loop.time() / self._rest_s) + 1) * self._rest_s
+            self._resting = self._loop.call_at(until, self.drain)
+        elif was_resting:
+            self._loop.add_reader(self._fd, self.drain)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import heapq
 import os
 from pathlib import Path
+from typing import Final
 
 from broker.config import Config
 from broker.counters import CountersReader, attach_counters
@@ -39,6 +40,20 @@ from broker.types import Instance, LoadReport, Trust
 from shm import fence
 from shm.segment import Segment
 from shm.seqlock import RowWriter
+
+# A report is written every few milliseconds, and enums are slow to hash.
+_TRUST: Final = int(Column.TRUST)
+_RUNNING: Final = int(Column.RUNNING)
+_WAITING: Final = int(Column.WAITING)
+_WAITING_TOKENS: Final = int(Column.WAITING_TOKENS)
+_KV_PERMILLE: Final = int(Column.KV_PERMILLE)
+_CAPACITY: Final = int(Column.CAPACITY)
+_REPORTED_NS: Final = int(Column.REPORTED_NS)
+_IN_FLIGHT_THEN: Final = int(Column.IN_FLIGHT_THEN)
+_TOKENS_THEN: Final = int(Column.TOKENS_THEN)
+_WAITED: Final = int(Column.WAITED)
+_LENT_THEN: Final = int(Column.LENT_THEN)
+_LENT: Final = int(QueueColumn.LENT)
 
 _NO_REPORT: dict[int, int] = {
     Column.TRUST: int(Trust.STALE),
@@ -235,19 +250,19 @@ class TableWriter:
         """Apply what the instance in `slot` said of itself, as of `now_ns`."""
         in_flight, tokens = self._counters.in_flight(slot)
         changes: dict[int, int] = {
-            Column.TRUST: int(report.trust),
-            Column.RUNNING: _said(report.running),
-            Column.WAITING: _said(report.waiting),
-            Column.WAITING_TOKENS: _said(report.waiting_tokens),
-            Column.KV_PERMILLE: _said(report.kv_permille),
-            Column.REPORTED_NS: now_ns,
-            Column.IN_FLIGHT_THEN: in_flight,
-            Column.TOKENS_THEN: tokens,
-            Column.WAITED: self._rows.load(slot, Column.WAITED) + 1 if report.waiting else 0,
-            Column.LENT_THEN: self.queue[QueueColumn.LENT * self.slots + slot],
+            _TRUST: int(report.trust),
+            _RUNNING: _said(report.running),
+            _WAITING: _said(report.waiting),
+            _WAITING_TOKENS: _said(report.waiting_tokens),
+            _KV_PERMILLE: _said(report.kv_permille),
+            _REPORTED_NS: now_ns,
+            _IN_FLIGHT_THEN: in_flight,
+            _TOKENS_THEN: tokens,
+            _WAITED: self._rows.load(slot, _WAITED) + 1 if report.waiting else 0,
+            _LENT_THEN: self.queue[_LENT * self.slots + slot],
         }
         if report.capacity is not None:
-            changes[Column.CAPACITY] = report.capacity
+            changes[_CAPACITY] = report.capacity
         self._rows.write(slot, changes)
 
     # -- the scheduler itself ------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Load that engines publish: one SUB that native engines connect to, one SUB per SGLang instance that connects to it.
 
 Every message is `[b"load", 8-byte big-endian sequence, payload]`. A drain may bring many messages of one instance;
-of those only the newest matters, and it is applied once, after the drain.
+of those only the newest matters, and it is applied once, after the drain. While engines have something to say all the
+time, they are listened to every `REST_S`; what is said after a silence is heard at once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from broker.types import LoadReport, Trust
 logger = logging.getLogger("scheduler")
 
 SUBSCRIBER_HWM = 4096
+REST_S = 0.02
+"""As often as an engine may speak (docs/wire.md, 6): more wake-ups would bring few more reports. Decisions do not wait
+for them, they add what is in flight now."""
 MOST_PUBLISHERS = 8192
 """Whose last sequence is remembered; the longest silent is forgotten first."""
 MOST_MISSED = 1 << 32
@@ -122,7 +126,7 @@ class LoadFeed:
     def bind(self, endpoints: Iterable[str]) -> None:
         """Opens the common socket. Raises zmq.ZMQError."""
         socket = self._subscriber()
-        self._common = Port(self._loop, socket, partial(self._hear, url=None))
+        self._common = Port(self._loop, socket, partial(self._hear, url=None), rest_s=REST_S)
         for endpoint in endpoints:
             socket.bind(endpoint)
 
@@ -135,7 +139,8 @@ class LoadFeed:
             if url not in self._followed:
                 try:
                     socket = self._subscriber()
-                    self._followed[url] = endpoints, Port(self._loop, socket, partial(self._hear, url=url))
+                    port = Port(self._loop, socket, partial(self._hear, url=url), rest_s=REST_S)
+                    self._followed[url] = endpoints, port
                     for endpoint in endpoints.split(","):
                         socket.connect(endpoint)
                 except zmq.ZMQError as e:
