@@ -23,6 +23,7 @@ REQUEST_PATH = (
     "broker/candidates.py",
     "broker/counters.py",
     "broker/lease.py",
+    "broker/lines.py",
     "broker/narrator.py",
     "broker/saturation.py",
     "broker/vectors.py",

@@ -34,11 +34,13 @@ class Entry(NamedTuple):
 class Candidates:
     """Slots that may serve one kind of request, sorted by URL, and the snapshot's columns over them."""
 
-    __slots__ = ("_columns", "_report", "_report_until_ns", "_stamp", "any", "generations", "slots")
+    __slots__ = ("_columns", "_report", "_report_until_ns", "_stamp", "any", "generations", "listed", "slots")
 
     def __init__(self, slots: Vector, generations: Mapping[int, int]) -> None:
         self.slots = slots
         self.slots.setflags(write=False)
+        self.listed: tuple[int, ...] = tuple(slots.tolist())
+        """The same."""
         self.any = len(slots) > 0
         self.generations = generations
         """By slot; may know more slots than are candidates."""

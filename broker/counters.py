@@ -17,7 +17,6 @@ every other column at rest. The scheduler rests its reuse of slots on that.
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.config import Config
-from shm.cells import CounterRow, settle
+from shm.cells import CounterRow, quick, settle
 from shm.segment import Block, Layout, Segment
 
 COUNTERS = "counters"
@@ -199,8 +198,8 @@ class FrontendCounters(CounterRow):
 
     def __init__(self, segment: Segment, index: int) -> None:
         """`segment` may be mapped read-only; row `index` of it becomes writable for this object."""
-        super().__init__(segment.row_cells("slots", index), segment.layout.block("slots").shape[2])
-        self.totals = segment.row_cells("totals", index)
+        super().__init__(quick(segment.row_cells("slots", index)), segment.layout.block("slots").shape[2])
+        self.totals = quick(segment.row_cells("totals", index))
         self.index = index
 
     def count(self, column: TotalColumn, amount: int = 1) -> None:
@@ -211,9 +210,14 @@ class FrontendCounters(CounterRow):
         self.totals.release()
 
     def observe(self, histogram: Histogram, seconds: float) -> None:
-        totals, first = self.totals, _FIRST[histogram]
-        totals[first + bisect_left(BOUNDS_S, seconds)] += 1
-        totals[first + _BUCKETS] += int(seconds * 1e6)
+        totals, bucket = self.totals, _FIRST[histogram]
+        rest = bucket + _BUCKETS
+        for bound in BOUNDS_S:  # most are among the first, and this takes no call
+            if seconds <= bound:
+                break
+            bucket += 1
+        totals[bucket] += 1
+        totals[rest] += int(seconds * 1e6)
 
 
 _IN_FLIGHT = (
@@ -244,10 +248,6 @@ class CountersReader:
     def rows(self) -> int:
         count: int = self._cells[CountersCell.ROWS]
         return count
-
-    def window(self, column: CounterColumn, rows: int, slots: int) -> NDArray[np.int64]:
-        """The live cells of `column` of the first `rows` frontends and `slots` slots. Read-only."""
-        return self._slots[:rows, column, :slots]
 
     def in_flight(self, slot: int) -> tuple[int, int]:
         """Requests and prompt tokens in flight at `slot`, now; never negative.

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 from broker.counters import CounterColumn
+from broker.view import TableReader
 from shm import fence
 from shm.cells import CounterRow
 
@@ -29,16 +30,6 @@ _TOKENS_STARTED: Final = int(CounterColumn.TOKENS_STARTED)
 _TOKENS_FINISHED: Final = int(CounterColumn.TOKENS_FINISHED)
 _WITHDRAWN: Final = int(CounterColumn.WITHDRAWN)
 _TOKENS_WITHDRAWN: Final = int(CounterColumn.TOKENS_WITHDRAWN)
-
-
-class Slots(Protocol):
-    """What taking needs of the table; `broker.view.TableReader` is the real one."""
-
-    def is_open(self, slot: int, generation: int) -> bool:
-        """Whether the slot is READY in this generation, in shared memory, now."""
-
-    def refuse(self, slot: int) -> None:
-        """Leave the slot out of further views until the table has changed."""
 
 
 class Lease:
@@ -109,17 +100,17 @@ class Lease:
         return f"Lease(slot={self.slot}, generation={self.generation}, tokens={self.tokens}, {state})"
 
 
-def take(slots: Slots, row: CounterRow, slot: int, generation: int, tokens: int = 0) -> Lease | None:
+def take(table: TableReader, row: CounterRow, slot: int, generation: int, tokens: int = 0) -> Lease | None:
     """Claim `slot` as the view showed it. None: it is no longer that; look at a new view, which leaves it out."""
     cells, width = row.cells, row.width
     cells[_STARTED * width + slot] += 1
     if tokens:
         cells[_TOKENS_STARTED * width + slot] += tokens
     fence.full()
-    if slots.is_open(slot, generation):
+    if table.is_open(slot, generation):
         return Lease(row, slot, generation, tokens)
     _withdraw(row, slot, tokens)
-    slots.refuse(slot)
+    table.refuse(slot)
     return None
 
 

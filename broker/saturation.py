@@ -25,14 +25,27 @@ from typing import Final
 from broker.table import Column, QueueColumn
 from broker.types import EngineKind
 from broker.view import TableReader
+from shm.cells import quick
 
-UNLIMITED = 1 << 62
+UNLIMITED = 1 << 60
 FULL_KV_PERMILLE = 950
 FULL_REPORTS = 2
 STEP = 4
 """An instance of unknown capacity may grow by a fourth of what it had at its last report."""
 
 _CAPACITY: Final = int(Column.CAPACITY)
+_NEVER: Final = 1 << 61
+
+
+class _Limit:
+    """Of one instance, without what others have there; as its last report has it."""
+
+    __slots__ = ("requests", "until_ns")
+
+    def __init__(self, requests: int, until_ns: int) -> None:
+        self.requests = requests
+        self.until_ns = until_ns
+        """When the report is too old."""
 
 
 class Saturation:
@@ -45,17 +58,32 @@ class Saturation:
         self._default = instance_capacity
         self._clock = clock
         slots = len(table.queue) // len(QueueColumn)
+        self._queue = quick(table.queue)
         self._reserved = slots * QueueColumn.RESERVED
         self._lent = slots * QueueColumn.LENT
+        self._limits: dict[int, _Limit] = {}
+        self._stamp = -1
 
     def room(self, slot: int) -> int:
         """Of a candidate of the last view; UNLIMITED, or at most 0 when it is saturated."""
+        if self._table.stamp != self._stamp:
+            self._limits.clear()
+            self._stamp = self._table.stamp
+        limit = self._limits.get(slot)
+        if limit is None or (limit.until_ns != _NEVER and self._clock() > limit.until_ns):
+            limit = self._limits[slot] = self._limit(slot)
+        if limit.requests == UNLIMITED:
+            return UNLIMITED
+        return limit.requests - self._taken(slot)
+
+    def _limit(self, slot: int) -> _Limit:
         row = self._table.row(slot)
         limit = row[_CAPACITY] or self._default
         if limit and self._table.instance(slot).engine is EngineKind.NATIVE:
-            return limit - self._taken(slot)
-        others = 0
+            return _Limit(limit, _NEVER)
+        others, until_ns = 0, _NEVER
         if self._is_fresh(row):
+            until_ns = row[Column.REPORTED_NS] + self._table.stale_after_ns
             running, waiting = row[Column.RUNNING], row[Column.WAITING]
             if running >= 0 and waiting >= 0:
                 others = max(0, running + waiting - _ours_then(row))
@@ -64,9 +92,7 @@ class Saturation:
                 # As many as it runs: with fewer it would idle until its next report.
                 runs = running if running >= 0 else _ours_then(row)
                 limit = max(1, min(runs, limit or runs))
-        if not limit:
-            return UNLIMITED
-        return limit - others - self._taken(slot)
+        return _Limit(limit - others if limit else UNLIMITED, until_ns)
 
     def opening(self, slot: int) -> int:
         """The room that waiting requests may be granted. As `room`, but where nothing says how much an instance takes,
@@ -82,12 +108,11 @@ class Saturation:
 
     def is_held(self, slot: int) -> bool:
         """Whether requests wait that the instance could serve."""
-        return bool(self._table.queue[slot])  # QueueColumn.HELD is the first
+        return self._queue[slot] != 0  # QueueColumn.HELD is the first
 
     def _taken(self, slot: int) -> int:
-        queue = self._table.queue
-        taken: int = queue[self._reserved + slot] + queue[self._lent + slot] + self._table.counters.requests(slot)
-        return taken
+        queue = self._queue
+        return queue[self._reserved + slot] + queue[self._lent + slot] + self._table.live_at(slot)
 
     def _is_fresh(self, row: list[int]) -> bool:
         reported_ns = row[Column.REPORTED_NS]

@@ -87,11 +87,26 @@ class Considered:
 class Choice:
     """An instance, and the lease that counts the request there."""
 
-    def __init__(self, instance: Instance, lease: Lease, considered: Considered | None = None) -> None:
-        """`considered`: None = nobody chose, it was granted."""
+    def __init__(
+        self,
+        instance: Instance,
+        lease: Lease,
+        view: View | None = None,
+        why: Why | None = None,
+        left_out: Collection[int] = (),
+    ) -> None:
+        """What it was made of, as in `Considered`. No `view`: nobody chose, it was granted."""
         self.instance = instance
         self.lease = lease
-        self.considered = considered
+        self._view = view
+        self._why = why
+        self._left_out = left_out
+
+    @property
+    def considered(self) -> Considered | None:
+        """Made for whoever asks, as nearly nobody does; None: nobody chose."""
+        view = self._view
+        return None if view is None else Considered(view, self._why, self._left_out, self.instance.role)
 
     @property
     def suspects(self) -> tuple[Lease]:
@@ -144,21 +159,22 @@ class Dispatcher:
 
         Raises `NoInstance` or `ModelNotFound`; nothing is held then.
         """
-        table, breaker, policy = self._table, self.breaker, self._policies[request.role]
+        table, breaker, role = self._table, self.breaker, request.role
+        policy = self._policies[role]
         for _ in range(TAKES):
+            why: Why | None
+            avoid: Collection[int]
             if tried or unfit or breaker.suspects:
-                considered, slot = self._pick(request, tried, now, unfit)
+                view, slot, why, avoid = self._pick(request, tried, now, unfit)
             else:
-                view = table.view(request.role, request.model)
-                slot = policy.pick(request, view)
-                considered = Considered(view, policy.why, (), request.role)
-            generation = considered.view.generation(slot)
-            lease = take(table, self._counters, slot, generation, policy.tokens(request, slot))
+                view = table.view(role, request.model)
+                slot, why, avoid = policy.pick(request, view), policy.why, ()
+            lease = take(table, self._counters, slot, view.generation(slot), policy.tokens(request, slot))
             if lease is not None:
                 lease.counts_prompt = policy.counts_prompts
                 if breaker.suspects:
                     breaker.tries(slot, now)
-                return Choice(table.instance(slot), lease, considered)
+                return Choice(table.instance(slot), lease, view, why, avoid)
         raise NoInstance("instances come and go faster than a request can be placed; try again")
 
     def claim(self, request: RouteRequest, slot: int, generation: int, now: float) -> Choice | None:
@@ -186,8 +202,10 @@ class Dispatcher:
 
     def _pick(
         self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int]
-    ) -> tuple[Considered, int]:
-        """Not tried and not open; else not tried, the least bad; else, all having been tried, any once more."""
+    ) -> tuple[View, int, Why | None, Collection[int]]:
+        """Not tried and not open; else not tried, the least bad; else, all having been tried, any once more.
+
+        What was seen, the slot, why, and what was left out."""
         avoid = {*tried, *self.breaker.open_slots(now), *unfit}
         view = self._table.view(request.role, request.model, avoid=avoid)
         if avoid:
@@ -198,12 +216,12 @@ class Dispatcher:
                     raise NoInstance(f"no {request.role.name.lower()} instance fits its counterpart")
                 left = [slot for slot in fit if slot not in tried]
                 if left:
-                    return Considered(view, None, avoid, request.role), self.breaker.least_bad(left)
+                    return view, self.breaker.least_bad(left), None, avoid
                 if unfit:
                     view = self._table.view(request.role, request.model, avoid=unfit)
         policy = self._policies[request.role]
         slot = policy.pick(request, view)
-        return Considered(view, policy.why, avoid, request.role), slot
+        return view, slot, policy.why, avoid
 
 
 def make_policies(config: Config, index: int, prefixes: PrefixIndex | None = None) -> dict[Role, Policy]:

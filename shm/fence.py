@@ -14,6 +14,8 @@ a full fence. Python has no fence, but it has locks: acquiring a free `threading
 compare-and-exchange on a word of this process alone (CPython <= 3.12: `sem_trywait`; >= 3.13: `PyMutex`), and
 never a system call. That is the whole trick: nobody ever contends for this lock, only its instruction counts.
 
+Where the compiled twins are (`_cells.c`), the fence is one, and nothing but that instruction.
+
 The lock must be *free* for that: trying a taken one only loads its word. It is taken when another thread, or
 the frame that a signal handler interrupted, is between the two calls below; then a lock of our own is made,
 which is free for certain.
@@ -24,7 +26,10 @@ from __future__ import annotations
 import platform
 import sys
 from _thread import allocate_lock
+from collections.abc import Callable
 from typing import Final
+
+from shm.cells import compiled
 
 _lock: Final = allocate_lock()
 _acquire: Final = _lock.acquire
@@ -36,12 +41,16 @@ REFUSAL = (
 )
 
 
-def full() -> None:
-    """Make every store before this call visible to all processes before any load after it (where `promised`)."""
+def by_lock() -> None:
+    """`full` without its twin."""
     if _acquire(False):
         _release()
     else:
         allocate_lock().acquire()
+
+
+full: Callable[[], None] = by_lock if compiled is None else compiled.full
+"""Makes every store before the call visible to all processes before any load after it (where `promised`)."""
 
 
 def promised(machine: str | None = None, implementation: str | None = None) -> bool:

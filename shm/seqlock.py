@@ -34,6 +34,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from shm.cells import quick
+
 T = TypeVar("T")
 
 
@@ -92,7 +94,7 @@ class RowReader:
     ) -> None:
         self._sequence = sequence
         self._shared = values
-        self._version = version
+        self._version = quick(version)
         self._used = used
         self._seen = -1
         self._copied: NDArray[np.int64] = np.zeros(len(sequence), dtype=np.int64)

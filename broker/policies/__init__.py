@@ -8,7 +8,7 @@ from random import Random
 
 from broker.config import Config, PolicyName, Scheduler
 from broker.errors import ConfigError
-from broker.policies.base import Loads, Options, Picker, Policy, WholePrompts
+from broker.policies.base import Loads, Options, Picker, Policy
 from broker.policies.cache_aware import CacheAware
 from broker.policies.fd_metrics_score import FdMetricsScore
 from broker.policies.fd_remote_metrics_score import FdRemoteMetricsScore
@@ -19,6 +19,7 @@ from broker.policies.random import RandomChoice
 from broker.policies.remote_cache_aware import RemoteCacheAware
 from broker.policies.request_num import RequestNum
 from broker.policies.round_robin import RoundRobin
+from broker.policies.whole_prompts import WholePrompts
 from broker.prefix import PrefixIndex
 from broker.types import Role
 

@@ -1,4 +1,4 @@
-"""What a policy is, what it sees, and the one way in which ties are broken.
+"""What a policy is, and what it sees.
 
 A policy is pure: it reads vectors over the candidates and draws from the generator it was given. It keeps no copy of
 any load, because the choice itself is visible in the next view: the lease taken on it raises a counter that every
@@ -9,7 +9,6 @@ granted elsewhere, an attempt repeated.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from random import Random
 from typing import Protocol
 
 import msgspec
@@ -17,7 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.config import Scheduler
+from broker.policies.draw import FEW, least
 from broker.types import RouteRequest
+
+__all__ = ["FEW", "Loads", "Numbers", "Options", "Picker", "Policy", "Vector", "Why", "least"]
 
 Vector = NDArray[np.int64]
 Numbers = Sequence[float] | Vector | NDArray[np.float64]
@@ -69,8 +71,16 @@ class Loads(Protocol):
         """Slots in the load table; a policy returns one of them."""
 
     @property
+    def listed(self) -> tuple[int, ...]:
+        """`slots`, for who wants some of them: a vector gives a single one slowly."""
+
+    @property
     def in_flight(self) -> Vector:
         """Requests that all frontends of this host have with the instance at this moment; exact."""
+
+    @property
+    def requests(self) -> tuple[int, ...] | Vector:
+        """`in_flight`, in the form that is looked through fastest: a tuple of few candidates, a vector of many."""
 
     @property
     def tokens(self) -> Vector:
@@ -116,49 +126,3 @@ class Policy(Picker, Protocol):
 
     def cached(self, request: RouteRequest) -> Mapping[int, int]:
         """Tokens of the prompt that instances have been sent before, by slot; none where prompts are not looked up."""
-
-
-class WholePrompts:
-    """A picker's policy by which every prompt counts whole, wherever it goes, and as long as its request: the
-    original's rule. Nothing is remembered of it."""
-
-    counts_prompts = False
-    why: Why | None = None
-
-    def __init__(self, picker: Picker) -> None:
-        self.pick = picker.pick
-
-    def tokens(self, request: RouteRequest, slot: int) -> int:
-        return request.prompt_tokens
-
-    def placed(self, request: RouteRequest, slot: int) -> None: ...
-
-    def cached(self, request: RouteRequest) -> Mapping[int, int]:
-        return {}
-
-
-FEW = 16
-"""Candidates up to which a list is looked through faster than numpy is called."""
-
-
-def least(scores: NDArray[np.int64] | NDArray[np.float64], rng: Random) -> int:
-    """Index of the smallest score; each of several equal ones is as likely as the others.
-
-    Never "the first": idle instances tie at 0, and then all of a light load went to one of them.
-
-    Measured per call at 8 / 1,024 candidates (benchmarks/test_policies.py): with numpy 1.1 / 1.7 us, all equal 1.2 /
-    2.2; `flatnonzero(s == s.min())` 2.7 / 3.2, spent in numpy's Python wrappers; a Python list 0.4 / 34, all equal 0.8;
-    `argmin` alone 0.4. `argmin` from a random place on would save the comparison, but is not fair: of two ties side by
-    side one would get all but 1/n of the choices.
-    """
-    if len(scores) <= FEW:
-        values = scores.tolist()
-        best = min(values)
-        if values.count(best) == 1:
-            return int(values.index(best))
-        equal = [i for i, value in enumerate(values) if value == best]
-        return equal[int(rng.random() * len(equal))]
-    first = scores.argmin()
-    ties = (scores == scores[first]).nonzero()[0]
-    n = len(ties)
-    return int(first) if n == 1 else int(ties[int(rng.random() * n)])

@@ -19,13 +19,13 @@ class PowerOfTwo:
         self._rng = rng
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
-        slots = view.slots
+        slots = view.listed
         n = len(slots)
         if n == 1:
-            return int(slots[0])
+            return slots[0]
         draw = self._rng.random
         one = int(draw() * n)
         other = int(draw() * (n - 1))
         other += other >= one  # distinct, and every ordered pair equally likely
-        in_flight = view.in_flight
-        return int(slots[other if in_flight[other] < in_flight[one] else one])
+        requests = view.requests
+        return slots[other if requests[other] < requests[one] else one]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from broker.policies.base import Loads, least
+from broker.policies.base import Loads
+from broker.policies.draw import least
 from broker.types import RouteRequest
 
 
@@ -20,4 +21,4 @@ class RequestNum:
         self._rng = rng
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
-        return int(view.slots[least(view.in_flight, self._rng)])
+        return view.listed[least(view.requests, self._rng)]

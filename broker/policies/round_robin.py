@@ -23,9 +23,9 @@ class RoundRobin:
         self._turns: dict[tuple[int, int, int], int] = {}
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
-        slots = view.slots
+        slots = view.listed
         n = len(slots)
-        key = (n, int(slots[0]), int(slots[-1]))
+        key = (n, slots[0], slots[-1])
         turns = self._turns
         turn = turns.get(key)
         if turn is None:
@@ -33,4 +33,4 @@ class RoundRobin:
                 del turns[next(iter(turns))]  # the oldest: fleets change, and a dict must not grow with them
             turn = int(self._offset * n)
         turns[key] = (turn + 1) % n
-        return int(slots[turn])
+        return slots[turn]

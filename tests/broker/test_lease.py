@@ -14,6 +14,9 @@ from broker.lease import take
 from broker.table import State
 from broker.types import Role
 from tests.support.table import Run
+from tests.support.twins import twin
+
+__all__ = ["twin"]
 
 C = CounterColumn
 

@@ -14,15 +14,15 @@ def test_a_fence_may_interrupt_a_fence() -> None:
     """From a signal handler in mid-fence the lock is taken: it must neither wait nor do nothing."""
     assert fence._acquire(False)
     try:
-        previous = signal.signal(signal.SIGUSR1, lambda *_: fence.full())
+        previous = signal.signal(signal.SIGUSR1, lambda *_: fence.by_lock())
         try:
             os.kill(os.getpid(), signal.SIGUSR1)
         finally:
             signal.signal(signal.SIGUSR1, previous)
-        fence.full()
+        fence.by_lock()
     finally:
         fence._release()
-    fence.full()
+    fence.by_lock()
     assert not fence._lock.locked()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from broker.policies.base import Vector
+from broker.policies.base import FEW, Vector
 from broker.types import Trust
 
 
@@ -31,6 +31,14 @@ class FakeLoads:
         self.slots = np.arange(100, 100 + self.n, dtype=np.int64)
         self.in_flight, self.tokens, self.waiting, self.load = np.zeros((4, self.n), dtype=np.int64)
         self.trust = np.full(self.n, Trust.EXACT, dtype=np.int64)
+
+    @property
+    def listed(self) -> tuple[int, ...]:
+        return tuple(self.slots.tolist())
+
+    @property
+    def requests(self) -> tuple[int, ...] | Vector:
+        return tuple(self.in_flight.tolist()) if self.n <= FEW else self.in_flight
 
     def having(self, **vectors: Sequence[int]) -> FakeLoads:
         """Sets vectors by name."""
