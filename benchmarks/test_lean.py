@@ -15,6 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from broker import batched, log
 from broker.config import Log
+from broker.lines import Lines
 from frontend.idle import IdleConnections
 from tests.frontend.conformance import OK
 from tests.frontend.test_conformance import Site
@@ -78,7 +79,7 @@ def test_requests(benchmark: BenchmarkFixture, tmp_path: Path, loop: asyncio.Abs
 @pytest.mark.benchmark(group="log line")
 @pytest.mark.parametrize("way", ["through logging", "batched"])
 def test_log_line(benchmark: BenchmarkFixture, tmp_path: Path, loop: asyncio.AbstractEventLoop, way: str) -> None:
-    lines = batched.Lines("penstock.access")
+    lines = Lines("penstock.access")
     with product_log(tmp_path):
         if way == "batched":
             batched.start(loop)

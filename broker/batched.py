@@ -2,8 +2,8 @@
 
 At 20,000 requests a second and core the log line of each was a quarter of all that a frontend did: formatting the
 time, looking whether the file has been renamed, writing, flushing. Here a record waits in a list, and all that is
-paid for each is its own text; the beginning of the line, which the formatter makes, is shared by the lines of a
-millisecond (benchmarks/test_lean.py).
+paid for each is its own text (`broker/lines.py`); the beginning of the line, which the formatter makes, is shared by
+the lines of a millisecond (benchmarks/test_lean.py).
 
 Lost by a kill -9: what the last tenth of a second brought. Lost by an orderly end, or before an error: nothing.
 """
@@ -13,16 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import logging.handlers
-import time
 from typing import TextIO
 
+from broker.lines import MAX_RECORDS, Pending, joined
+
 PERIOD_S = 0.1
-MAX_RECORDS = 4096
-"""Written at once when there are so many."""
-
-
-Line = tuple[float, str, int, str]
-"""When, the logger's name, the level, and the text."""
 
 
 class Batched(logging.Handler):
@@ -30,79 +25,57 @@ class Batched(logging.Handler):
 
     def __init__(self, target: logging.StreamHandler[TextIO]) -> None:
         super().__init__(target.level)
+        self.pending = Pending(self._due)
         self._target = target
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._records: list[logging.LogRecord | Line] = []
         self._shares = type(target.formatter) is logging.Formatter
         """Whether a line is a beginning and a message, and nothing else. (fd-router's are not.)"""
-        self.takes_lines = False
-        """`line` may be called."""
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Batches from now on, on the loop that is running."""
         self._loop = loop
-        self.takes_lines = self._shares
+        self.pending.takes_lines = self._shares
 
     def stop(self) -> None:
         """Writes what there is, and passes on at once again. Idempotent."""
         self.flush()
         self._loop = None
-        self.takes_lines = False
+        self.pending.takes_lines = False
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Takes no lock: everything that logs in a frontend does so on its loop's thread."""
         if self._loop is None or record.levelno >= logging.ERROR or record.exc_info or record.stack_info:
             self.flush()
             return self._target.handle(record)
-        self._keep(record, self._loop)
+        if self._target.filter(record):
+            self.pending.add(record)
         return True
 
-    def line(self, line: Line) -> None:
-        """A line without a record; only while it `takes_lines`."""
-        if self._timer is None or len(self._records) + 1 >= MAX_RECORDS:
-            assert self._loop is not None
-            self._keep(line, self._loop)
-        else:
-            self._records.append(line)
-
-    def _keep(self, record: logging.LogRecord | Line, loop: asyncio.AbstractEventLoop) -> None:
-        self._records.append(record)
-        if self._timer is None:
-            self._timer = loop.call_later(PERIOD_S, self.flush)
-        elif len(self._records) >= MAX_RECORDS:
+    def _due(self) -> None:
+        if self._timer is None and self._loop is not None:
+            self._timer = self._loop.call_later(PERIOD_S, self.flush)
+            self.pending.is_timed = True
+        elif len(self.pending.records) >= MAX_RECORDS:
             self.flush()
 
     def flush(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        records, self._records = self._records, []
-        target = self._target
-        parts: list[str] = []
-        beginning, shown = "", (0, "", 0)
-        for record in records:
-            if isinstance(record, logging.LogRecord):
-                if not target.filter(record):
-                    continue
-                if not self._shares:
-                    parts += (target.format(record), "\n")
-                    continue
-                created, name, level, text = record.created, record.name, record.levelno, record.getMessage()
-            else:
-                created, name, level, text = record
-            key = int(created * 1000), name, level
-            if key != shown:
-                shown = key
-                beginning = target.format(_empty(created, name, level))
-            parts += (beginning, text, "\n")
-        if parts:
-            self._write("".join(parts))
+        pending = self.pending
+        pending.is_timed = False
+        records, pending.records = pending.records, []
+        if records:
+            self._write(joined(records, self._target.format, self._beginning))
 
     def close(self) -> None:
         self.stop()
         self._target.close()
         super().close()
+
+    def _beginning(self, created: float, name: str) -> str:
+        return self._target.format(_empty(created, name, logging.INFO))
 
     def _write(self, text: str) -> None:
         target = self._target
@@ -123,31 +96,6 @@ def _empty(created: float, name: str, level: int) -> logging.LogRecord:
     record.created = created
     record.msecs = float(int(created * 1000) % 1000)
     return record
-
-
-class Lines:
-    """What a logger says for every request. Where each handler is a `Batched`, no record is made: that alone takes
-    as long as everything else about a line."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._logger = logging.getLogger(name)
-
-    @property
-    def is_on(self) -> bool:
-        return self._logger.isEnabledFor(logging.INFO)
-
-    def write(self, text: str) -> None:
-        """To be called if `is_on`."""
-        handlers = logging.root.handlers
-        for handler in handlers:
-            if type(handler) is not Batched or not handler.takes_lines:
-                self._logger.info("%s", text)
-                return
-        line = time.time(), self._name, logging.INFO, text
-        for handler in handlers:
-            if handler.level <= logging.INFO and type(handler) is Batched:
-                handler.line(line)
 
 
 def start(loop: asyncio.AbstractEventLoop) -> None:

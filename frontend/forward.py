@@ -542,7 +542,7 @@ class Forward:
         elif access.is_on:
             log_end(
                 ident=self._ident,
-                path=self._path.partition("?")[0],
+                path=self._path,
                 model=self._model,
                 instance=choice.where if choice is not None else "-",
                 policy=shared.policy,
