@@ -45,7 +45,8 @@ class Forms(msgspec.Struct):
 
     http: tuple[bytes, bytes] | None = None
     """The request line and the beginning of the Host line; the headers, each after its line break."""
-    native: dict[str, str] | None = None
+    native: tuple[bytes, bytes] | None = None
+    """Path and headers in msgpack (`zmq_request.py`)."""
 
 
 class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):

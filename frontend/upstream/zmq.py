@@ -7,6 +7,7 @@ zmq.py            this: what is said and heard
 zmq_peers.py      the connections
 zmq_address.py    where they lead
 zmtp.py           ZeroMQ's protocol on them                                pure
+zmq_request.py    what a request is on the wire                            pure
 zmq_call.py       one request at one engine                                pure
 zmq_errors.py     what engines say of their errors                         pure
 """
@@ -15,8 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,18 +33,16 @@ from broker.errors import (
     WireError,
 )
 from broker.types import Instance
-from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, UpstreamRequest
+from frontend.upstream.base import AnswerHead, Call, Sink, UpstreamRequest
 from frontend.upstream.zmq_call import JSON, ZmqCall
 from frontend.upstream.zmq_peers import Peer, Peers
+from frontend.upstream.zmq_request import encoded
 from frontend.upstream.zmtp import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 
 BATCH: Final = 256
 """Messages of one engine understood in one turn of the loop; clients' sockets get their turn in between."""
-
-_NOT_SENT: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding"}
-"""Headers that mean nothing to an engine which reads the body from a frame and never compresses."""
 
 _decode: Final = msgspec.msgpack.Decoder(list).decode
 
@@ -70,7 +68,7 @@ class ZmqUpstream:
         self._peers = Peers(self, config.timeouts.connect_secs, self._loop)
         self._calls: dict[int, ZmqCall] = {}
         """Every call that has not heard its end, paused ones included."""
-        self._ready: deque[ZmqCall] = deque()
+        self._ready: list[ZmqCall] = []
         """Calls with something to deliver at the end of the turn."""
         self._unread: list[Peer] = []
         """Engines that sent more than a batch; nothing more is read of them until it is understood."""
@@ -181,19 +179,18 @@ class ZmqUpstream:
     def _turn(self) -> None:
         """Tells the clients what has come, and the engines what there is to say."""
         self._turn_due = False
-        ready, unread = self._ready, self._unread
-        whole = False
-        if unread:
-            self._unread = []
+        if self._unread:
+            unread, self._unread = self._unread, []
             for peer in unread:
                 self._read(peer, was_paused=True)
-        try:
-            for _ in range(len(ready)):
-                ready.popleft().deliver()
-            whole = True
-        finally:  # a bug in one client's sink must not keep the others' bytes back
-            if ready or self._unread or not whole:
-                self.turn_soon()
+        ready, self._ready = self._ready, []
+        for call in ready:
+            try:
+                call.deliver()
+            except Exception as e:  # a bug in one client's sink must not keep the others' bytes back
+                self._loop.call_exception_handler({"message": f"{call} could not deliver", "exception": e})
+        if self._ready or self._unread:
+            self.turn_soon()
         if self._peers.aborting:
             self._peers.say_aborts()
         if self._peers.unsent:
@@ -223,7 +220,7 @@ class ZmqUpstream:
             return
         if reader.replies:
             if not peer.is_full:
-                peer.send(*reader.replies)
+                peer.send(reader.replies)
             reader.replies.clear()
         if peer.is_broken:
             self.broke(peer)
@@ -257,7 +254,7 @@ class ZmqUpstream:
             else:
                 self._peers.lose(peer, f"{peer.url} speaks protocol {message.protocol}, we speak {wire.PROTOCOL}")
 
-    def _step(self, peer: Peer, deltas: Sequence[object]) -> None:
+    def _step(self, peer: Peer, deltas: list[object]) -> None:
         """The deltas of one engine step. One that cannot be read is no reason to drop the others."""
         calls, ready = self._calls, self._ready
         malformed = 0
@@ -281,40 +278,9 @@ class ZmqUpstream:
 
     def _send_request(self, peer: Peer, number: int, request: UpstreamRequest) -> None:
         """Raises, and then nothing was sent."""
-        head = wire.encode(
-            wire.Request(
-                peer.incarnation,
-                number,
-                request.path,
-                request.stream,
-                _plain(request),
-                request.transfer,
-            )
-        )
+        head = encoded(peer.opening, number, request)
         if len(head) > wire.MAX_CONTROL_BYTES:
             raise BadRequest(f"the headers of the request are larger than {wire.MAX_CONTROL_BYTES} bytes")
         if len(request.body) > MAX_MESSAGE_BYTES:
             raise BadRequest(f"the body of the request is larger than {MAX_MESSAGE_BYTES} bytes")
         self._peers.ask(peer, head, request.body)
-
-
-def _plain(request: UpstreamRequest) -> dict[str, str]:
-    """The headers as an engine gets them."""
-    forms = request.forms
-    if forms is None:
-        return _texts(request.headers)
-    if forms.native is None:
-        forms.native = _texts(request.headers[:-1] if request.ident else request.headers)
-    if not request.ident:
-        return forms.native
-    return {**forms.native, "x-request-id": request.ident.decode("ascii")}
-
-
-def _texts(headers: Headers) -> dict[str, str]:
-    """Names and values as text; a header sent several times as one list (RFC 9110, 5.3)."""
-    plain: dict[str, str] = {}
-    for name, value in headers:
-        if name not in _NOT_SENT:
-            key, text = name.decode("latin-1"), value.decode("latin-1")
-            plain[key] = f"{plain[key]}, {text}" if key in plain else text
-    return plain

@@ -53,7 +53,9 @@ class ZmqCall:
         self._stream = stream
         self._bound = bound
         self._next = 0
-        self._parts: list[bytes] = []
+        self._first = b""
+        """What there is to deliver, or nothing; nearly always it is one part, which takes no list."""
+        self._others: list[bytes] = []
         self._held_bytes = 0
         self._status = 200
         self._flows = False
@@ -78,7 +80,7 @@ class ZmqCall:
         if self._sink is not None:
             if not self._done and self._error is None:
                 self._owner.abort(self)
-            self._parts.clear()
+            self._clear()
             self._end()
 
     def pause(self) -> None:
@@ -100,14 +102,19 @@ class ZmqCall:
         A delta that is malformed or out of sequence ends the call: something of its answer is missing.
         """
         sequence, kind, data = delta[1], delta[2], delta[3]
-        if self._flows and kind == CHUNK and sequence == self._next and type(data) is bytes and data:
+        quiet = not self._first
+        if (
+            self._flows
+            and (isinstance(kind, int) and kind == CHUNK)
+            and (isinstance(sequence, int) and sequence == self._next)
+            and (type(data) is bytes and data)
+        ):
             self._next += 1
-            self._parts.append(data)
-            return len(self._parts) == 1
+            self._add(data)
+            return quiet
         if self._done or self._error is not None or self._sink is None:
             return False
         self._flows = False
-        quiet = not self._parts
         if sequence != self._next:
             self.fail(UpstreamBroken(f"a part of the engine's answer was lost (part {self._next})"), abort=True)
             return True
@@ -118,24 +125,22 @@ class ZmqCall:
         if kind == CHUNK:
             if not data:
                 return False
-            self._parts.append(data)
+            self._add(data)
             if self._paused:
                 self._hold(len(data))
             return quiet
         if kind == DONE:
             self._done = True
-            if data:
-                self._parts.append(data)
+            self._add(data)
         elif kind == ERROR:
             status = delta[4] if len(delta) > 4 else None
-            if self._started or self._parts:
+            if self._started or self._first:
                 self._error = UpstreamBroken(f"the engine ended its answer with an error: {shown(data)}")
             else:  # the engine's own answer, passed on like any other
                 self._status = status if type(status) is int and 400 <= status <= 599 else 502
                 self._stream = False
                 self._done = True
-                if data:
-                    self._parts.append(data)
+                self._add(data)
         else:
             self.fail(UpstreamBroken("the engine sent an unknown kind of part"), abort=True)
         return True
@@ -150,30 +155,32 @@ class ZmqCall:
 
     def deliver(self) -> None:
         """Tells the sink what there is. It may cancel or pause at each call."""
-        sink, parts = self._sink, self._parts
+        sink, data = self._sink, self._first
         if sink is None:
             return
-        if self._flows and parts:
-            data = parts[0] if len(parts) == 1 else b"".join(parts)
-            parts.clear()
+        if self._flows and data:
+            if self._others:
+                data = self._whole()
+            self._first = b""
             sink.write(data)
             return
-        if parts or (self._done and not self._started):
+        if data or (self._done and not self._started):
             if self._paused:
                 return
             at_once = self._done and not self._started and not self._stream
-            if at_once and parts and self._status == 200 and self._takes_whole:
+            if at_once and data and self._status == 200 and self._takes_whole:
+                data = self._whole()
                 self._end()
-                sink.answer(self._owner.whole, parts[0] if len(parts) == 1 else b"".join(parts))
+                sink.answer(self._owner.whole, data)
                 return
             if not self._started:
                 self._started = True
                 sink.start(self._status, self._headers())
-                if self._sink is None or (parts and self._paused):
+                if self._sink is None or (data and self._paused):
                     return
-            if parts:
-                data = parts[0] if len(parts) == 1 else b"".join(parts)
-                parts.clear()
+            if data:
+                data = self._whole()
+                self._clear()
                 sink.write(data)
                 if self._sink is None:
                     return
@@ -196,12 +203,28 @@ class ZmqCall:
             return list(SSE)
         if not self._done:
             return list(JSON)
-        length = sum(map(len, self._parts))
-        return [*JSON, (b"content-length", b"%d" % length)]
+        return [*JSON, (b"content-length", b"%d" % len(self._whole()))]
+
+    def _add(self, data: bytes) -> None:
+        if self._first:
+            self._others.append(data)
+        else:
+            self._first = data
+
+    def _whole(self) -> bytes:
+        """What there is to deliver; it stays so."""
+        if self._others:
+            self._first += b"".join(self._others)
+            self._others.clear()
+        return self._first
+
+    def _clear(self) -> None:
+        self._first = b""
+        self._others.clear()
 
     def _hold(self, size: int) -> None:
         self._held_bytes += size
         if self._held_bytes > self._bound:
-            self._parts.clear()
+            self._clear()
             self.fail(ClientTooSlow(f"the client left more than {self._bound} bytes of its answer unread"), abort=True)
             self._owner.deliver_soon(self)

@@ -19,6 +19,7 @@ from broker.errors import ConnectFailed, EngineSaturated, PenstockError, Upstrea
 from broker.types import Instance
 from frontend.upstream import zmtp
 from frontend.upstream.zmq_address import Address
+from frontend.upstream.zmq_request import opening
 
 JOIN_BYTES: Final = 64 * 1024
 """What a turn has to say is copied into one piece up to this size; above, that costs more than it saves."""
@@ -32,6 +33,7 @@ class Peer:
     def __init__(self, url: str, incarnation: bytes, now: float, owner: Owner, peers: Peers) -> None:
         self.url = url
         self.incarnation = incarnation
+        self.opening = opening(incarnation)
         self.connected_at = self.heard_at = now
         self.reader = zmtp.Reader()
         self.welcomed = False
@@ -69,12 +71,13 @@ class Peer:
     def _protocol(self) -> asyncio.Protocol:
         return cast("asyncio.Protocol", self)  # as loops see it; a plain class can be compiled
 
-    def send(self, *pieces: bytes) -> None:
+    def send(self, pieces: list[bytes]) -> None:
         """Frames, each behind its `zmtp.head`."""
         if not self._unsent:
             self._peers.unsent.append(self)
-        self._unsent += pieces
-        self._unsent_bytes += sum(map(len, pieces))
+        for piece in pieces:
+            self._unsent.append(piece)
+            self._unsent_bytes += len(piece)
 
     def flush(self) -> bool:
         """Writes what was sent; False: not yet."""
@@ -256,18 +259,18 @@ class Peers:
         """A request; it goes out at the end of the turn. Raises, and then nothing is sent."""
         if peer.is_full:
             raise EngineSaturated(f"{peer.url} takes no more messages now")
-        peer.send(zmtp.head(len(head), more=True), head, zmtp.head(len(body)), body)
+        peer.send([zmtp.head(len(head), more=True), head, zmtp.head(len(body)), body])
 
     def say(self, peer: Peer, message: wire.FrontendToEngine) -> None:
         """A message that an engine which takes no more does not get: it is said again, or silence says the same."""
         if not peer.is_full:
-            peer.send(*_framed(message))
+            peer.send(_framed(message))
             self._owner.turn_soon()
 
     def say_aborts(self) -> None:
         """One message for each engine; one that takes none now is told when it does."""
         for peer in [p for p in self.aborting if not p.is_full]:
-            peer.send(*_framed(wire.Abort(peer.aborts)))
+            peer.send(_framed(wire.Abort(peer.aborts)))
             peer.aborts = []
             self.aborting.discard(peer)
 
@@ -277,6 +280,6 @@ class Peers:
         self.unsent += [peer for peer in unsent if not peer.flush()]
 
 
-def _framed(message: wire.FrontendToEngine) -> tuple[bytes, bytes]:
+def _framed(message: wire.FrontendToEngine) -> list[bytes]:
     frame = wire.encode(message)
-    return zmtp.head(len(frame)), frame
+    return [zmtp.head(len(frame)), frame]

@@ -11,6 +11,7 @@ https://rfc.zeromq.org/spec/23 and 37. Why this and not libzmq: zmq_peers.py.
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import Final
 
 from broker.errors import UpstreamBroken, WireError
@@ -20,6 +21,9 @@ MAX_MESSAGE_BYTES: Final = 128 * 1024 * 1024
 _MORE: Final = 1
 _LONG: Final = 2
 _COMMAND: Final = 4
+_SHORT_HEAD: Final = Struct(">BB")
+_LONG_HEAD: Final = Struct(">BQ")
+_LONG_SIZE: Final = Struct(">Q")
 _GREETING_BYTES: Final = 64
 _SIGNATURE: Final = b"\xff\0\0\0\0\0\0\0\0\x7f"
 _NULL: Final = b"NULL".ljust(20, b"\0")
@@ -36,9 +40,7 @@ def ready(identity: bytes) -> bytes:
 
 def head(size: int, *, more: bool = False) -> bytes:
     """What stands before the bytes of a frame; `more`: it is not the last one of its message."""
-    if size < 256:
-        return bytes((more, size))
-    return bytes((_LONG | more,)) + size.to_bytes(8, "big")
+    return _SHORT_HEAD.pack(more, size) if size < 256 else _LONG_HEAD.pack(_LONG | more, size)
 
 
 class Reader:
@@ -92,7 +94,7 @@ class Reader:
                     self._hold(9 - left)
                     return None
                 at += 9
-                size = int.from_bytes(data[at - 8 : at], "big")
+                size = _LONG_SIZE.unpack_from(data, at - 8)[0]
                 if size > MAX_MESSAGE_BYTES:
                     raise UpstreamBroken(f"the engine sent a frame of {size} bytes, the limit is {MAX_MESSAGE_BYTES}")
             else:
