@@ -19,6 +19,7 @@ import msgspec
 from broker.errors import UNDECODABLE, BadRequest
 from broker.faces import PENSTOCK, Estimate, Face
 from broker.faces.go import complaint
+from frontend.lifting import decode_chat
 
 Estimator = Callable[[list[str], int], Estimate]
 
@@ -226,7 +227,8 @@ def parse(data: bytes) -> Body:
         _check_types(read.model, read.stream)
         return read
     try:
-        return _chat_decoder.decode(data)
+        chat: ChatBody = decode_chat(_chat_decoder, data)
+        return chat
     except UNDECODABLE:
         pass
     try:
