@@ -62,7 +62,7 @@ def test_decision_by_live_counters(benchmark: BenchmarkFixture, run: Run) -> Non
 
     def decide() -> None:
         view = reader.view(Role.MIXED, "model")
-        slot = int(view.slots[least(view.in_flight, rng)])
+        slot = view.listed[least(view.requests, rng)]
         lease = take(reader, row, slot, view.generation(slot), 100)
         assert lease is not None
         lease.close()
@@ -107,7 +107,7 @@ def test_decision_while_a_row_stays_half_written(benchmark: BenchmarkFixture, ru
 
     def decide() -> None:
         view = reader.view(Role.MIXED, "model")
-        slot = int(view.slots[least(view.in_flight, rng)])
+        slot = view.listed[least(view.requests, rng)]
         lease = take(reader, row, slot, view.generation(slot), 100)
         assert lease is not None
         lease.close()

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.config import Config
-from shm.cells import CounterRow, quick, settle
+from shm.cells import CounterRow, add, quick, settle
 from shm.segment import Block, Layout, Segment
 
 COUNTERS = "counters"
@@ -111,7 +111,7 @@ class Histogram(IntEnum):
     QUEUE_WAIT = 2  # of the requests that waited for room
 
 
-BOUNDS_S: tuple[float, ...] = (
+BOUNDS_S: Final[tuple[float, ...]] = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
     *(2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
@@ -203,21 +203,20 @@ class FrontendCounters(CounterRow):
         self.index = index
 
     def count(self, column: TotalColumn, amount: int = 1) -> None:
-        self.totals[column] += amount
+        add(self.totals, column, amount)
 
     def close(self) -> None:
         super().close()
         self.totals.release()
 
     def observe(self, histogram: Histogram, seconds: float) -> None:
-        totals, bucket = self.totals, _FIRST[histogram]
+        bucket = _FIRST[histogram]
         rest = bucket + _BUCKETS
         for bound in BOUNDS_S:  # most are among the first, and this takes no call
             if seconds <= bound:
                 break
             bucket += 1
-        totals[bucket] += 1
-        totals[rest] += int(seconds * 1e6)
+        add(self.totals, bucket, 1, rest, int(seconds * 1e6))
 
 
 _IN_FLIGHT = (

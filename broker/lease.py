@@ -22,7 +22,7 @@ from typing import Final, Self
 from broker.counters import CounterColumn
 from broker.view import TableReader
 from shm import fence
-from shm.cells import CounterRow
+from shm.cells import CounterRow, add
 
 _STARTED: Final = int(CounterColumn.STARTED)
 _FINISHED: Final = int(CounterColumn.FINISHED)
@@ -51,12 +51,12 @@ class Lease:
         """Count an outcome at this instance, while the lease is held: later the slot may be another's."""
         if self.closed:
             raise ValueError(f"{self!r} counts nothing any more")
-        self._row.cells[column * self._row.width + self.slot] += 1
+        add(self._row.cells, column * self._row.width + self.slot, 1)
 
     def finish_tokens(self) -> None:
         """Release the prompt tokens before the end: the prompt has been processed. Idempotent."""
         if self.tokens:
-            self._row.cells[_TOKENS_FINISHED * self._row.width + self.slot] += self.tokens
+            add(self._row.cells, _TOKENS_FINISHED * self._row.width + self.slot, self.tokens)
             self.tokens = 0
 
     def answered(self) -> None:
@@ -69,14 +69,14 @@ class Lease:
         if self.closed:
             return
         cells, width, slot = self._row.cells, self._row.width, self.slot
-        if outcome is not None:
-            cells[outcome * width + slot] += 1
-        if self.tokens:
-            cells[_TOKENS_FINISHED * width + slot] += self.tokens
-            self.tokens = 0
+        tokens, self.tokens = self.tokens, 0
         self.closed = True
-        # Last: until here the scheduler keeps the slot for this generation.
-        cells[_FINISHED * width + slot] += 1
+        # FINISHED last: until then the scheduler keeps the slot for this generation.
+        if outcome is None:
+            add(cells, _TOKENS_FINISHED * width + slot, tokens, _FINISHED * width + slot, 1)
+        else:
+            column: int = outcome
+            add(cells, column * width + slot, 1, _TOKENS_FINISHED * width + slot, tokens, _FINISHED * width + slot, 1)
         if self.on_close is not None:
             self.on_close(self.slot)
 
@@ -103,9 +103,7 @@ class Lease:
 def take(table: TableReader, row: CounterRow, slot: int, generation: int, tokens: int = 0) -> Lease | None:
     """Claim `slot` as the view showed it. None: it is no longer that; look at a new view, which leaves it out."""
     cells, width = row.cells, row.width
-    cells[_STARTED * width + slot] += 1
-    if tokens:
-        cells[_TOKENS_STARTED * width + slot] += tokens
+    add(cells, _STARTED * width + slot, 1, _TOKENS_STARTED * width + slot, tokens)
     fence.full()
     if table.is_open(slot, generation):
         return Lease(row, slot, generation, tokens)
@@ -116,8 +114,5 @@ def take(table: TableReader, row: CounterRow, slot: int, generation: int, tokens
 
 def _withdraw(row: CounterRow, slot: int, tokens: int) -> None:
     cells, width = row.cells, row.width
-    cells[_WITHDRAWN * width + slot] += 1
-    if tokens:
-        cells[_TOKENS_WITHDRAWN * width + slot] += tokens
-        cells[_TOKENS_FINISHED * width + slot] += tokens
-    cells[_FINISHED * width + slot] += 1
+    add(cells, _WITHDRAWN * width + slot, 1, _TOKENS_WITHDRAWN * width + slot, tokens)
+    add(cells, _TOKENS_FINISHED * width + slot, tokens, _FINISHED * width + slot, 1)

@@ -27,7 +27,7 @@ from broker.types import EngineKind
 from broker.view import TableReader
 from shm.cells import quick
 
-UNLIMITED = 1 << 60
+UNLIMITED: Final = 1 << 60
 FULL_KV_PERMILLE = 950
 FULL_REPORTS = 2
 STEP = 4

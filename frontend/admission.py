@@ -80,6 +80,7 @@ class Admission:
         self._returned: list[int] = []
         self._held: dict[str, wire.RemoteLease] = {}  # to be said again
         self._ended: list[wire.RemoteLease] = []
+        self._on_close = self._closed  # bound once, not for each lease
         self._guests = Guests(config.shm.slots, dispatcher.breaker, loop, self._ended_there, forget)
         self._freed = False
         self._announces = False
@@ -125,7 +126,7 @@ class Admission:
         choice = self._dispatcher.choose(request, tried, now, unfit)
         if not tried and not full and not self._fits(choice.lease.slot):
             choice = self._another(request, choice, now, unfit)
-        choice.lease.on_close = self._closed
+        choice.lease.on_close = self._on_close
         return choice
 
     def placed(self, request: RouteRequest, chosen: Chosen) -> None:
@@ -136,7 +137,7 @@ class Admission:
         """That very instance; None: it has changed."""
         choice = self._dispatcher.claim(request, slot, generation, time.monotonic())
         if choice is not None:
-            choice.lease.on_close = self._closed
+            choice.lease.on_close = self._on_close
         return choice
 
     def _fits(self, slot: int) -> bool:

@@ -25,5 +25,8 @@ class Gauges:
     def before_load(self, call: Callable[[], object] | None, /) -> None:
         """To be called before each load of a counter, so that a test can step in between any two."""
 
+def add(cells: CellsLike, /, *pairs: int) -> None:
+    """`shm.cells.add`."""
+
 def full() -> None:
     """`shm.fence.full`."""

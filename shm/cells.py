@@ -14,6 +14,7 @@ Single cells and gauges have twins in C (`_cells.c`) beside the Python here, for
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Final, Protocol
 
@@ -49,10 +50,20 @@ def quick(cells: memoryview) -> Cells:
     return cells if compiled is None else compiled.Cells(cells)
 
 
+def _add(cells: Cells, *pairs: int) -> None:
+    """`add` without its twin."""
+    for index, amount in zip(pairs[::2], pairs[1::2], strict=True):
+        cells[index] += amount
+
+
+add: Final[Callable[..., None]] = _add if compiled is None else compiled.add
+"""`add(cells, index, amount, index, amount, ...)`: raises cells that no other process writes, in this order."""
+
+
 class CounterRow:
     """One owner's counters, a flat row of `columns * width` cells; only the owner's process holds one.
 
-    `cells` is public for code that counts on a hot path: `row.cells[column * width + index] += 1`.
+    `cells` is public for code that counts on a hot path: `add(row.cells, column * width + index, 1)`.
     """
 
     __slots__ = ("cells", "width")

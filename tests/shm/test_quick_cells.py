@@ -44,6 +44,42 @@ def test_a_cell_is_loaded_and_stored_alone() -> None:
     assert [cells[i] for i in (0, 1, 2, 3, -4)] == [0, BIGGEST, 2, -5, 0]
 
 
+def test_cells_are_raised_in_the_order_that_they_are_named() -> None:
+    under = np.array([1, 2, 3], dtype=np.int64)
+    module.add(quick(memoryview(under)), 2, 5, 0, -1)
+    assert under.tolist() == [0, 2, 8]
+    with pytest.raises(IndexError):
+        module.add(quick(memoryview(under)), 1, 1, 3, 1)
+    assert under.tolist() == [0, 3, 8]
+
+
+class Watched:
+    def __init__(self) -> None:
+        self.events: list[tuple[int, int]] = []
+
+    def __getitem__(self, index: int) -> int:
+        return 10 * index
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self.events.append((index, value))
+
+
+@pytest.mark.parametrize("add", [module.add, module._add])
+def test_cells_of_any_kind_are_raised(add: Callable[..., None]) -> None:
+    cells = Watched()
+    add(cells, 3, 1, 1, 0)
+    assert cells.events == [(3, 31), (1, 10)]
+    with pytest.raises((TypeError, ValueError)):
+        add(cells, 3)
+
+
+def test_cells_that_are_only_read_cannot_be_raised() -> None:
+    under = np.zeros(4, dtype=np.int64)
+    under.setflags(write=False)
+    with pytest.raises(TypeError, match="read-only"):
+        module.add(quick(memoryview(under)), 3, 1)
+
+
 @pytest.mark.parametrize("index", [4, -5, 2**70])
 def test_a_cell_that_is_not_there_is_an_error(index: int) -> None:
     cells = quick(memoryview(np.zeros(4, dtype=np.int64)))
