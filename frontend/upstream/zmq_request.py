@@ -17,7 +17,10 @@ from frontend.upstream.base import HOP_BY_HOP, Headers, UpstreamRequest
 _NOT_SENT: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding"}
 """Headers that mean nothing to an engine which reads the body from a frame and never compresses."""
 
+_encode: Final = wire.encode
 _NAME: Final = "x-request-id"
+_TEXT_HEADS: Final = [_encode("x" * size)[: -size or None] for size in range(256)]
+"""What stands before a text of so many bytes."""
 _YES: Final = b"\xc3"
 _NO: Final = b"\xc2"
 _NOTHING: Final = b"\xc4\0"
@@ -26,34 +29,45 @@ _NOTHING: Final = b"\xc4\0"
 
 def opening(incarnation: bytes) -> bytes:
     """What requests to that life of an engine begin with."""
-    whole = wire.encode(wire.Request(incarnation, 0, "", False, {}))
+    whole = _encode(wire.Request(incarnation, 0, "", False, {}))
     return whole[: -len(b"\0\xa0\xc2\x80" + _NOTHING)]  # id, path, stream, headers, transfer
 
 
 def encoded(begin: bytes, number: int, request: UpstreamRequest) -> bytes:
     """The message's first frame; `begin` is its engine's `opening`."""
-    forms, name = request.forms, b""
-    if request.ident:
-        name = wire.encode(request.ident.decode("ascii"))
-    if forms is None:
-        path, headers = _written(request.path, request.headers, named=bool(name))
-    else:
-        if forms.native is None:
-            forms.native = _written(request.path, request.headers, named=bool(name))
-        path, headers = forms.native
-    stream = _YES if request.stream else _NO
-    transfer = wire.encode(request.transfer) if request.transfer else _NOTHING
-    return b"".join((begin, wire.encode(number), path, stream, headers, name, transfer))
+    forms, ident, transfer = request.forms, request.ident, request.transfer
+    written = None if forms is None else forms.native
+    if written is None:
+        written = _written(request.path, request.headers, named=bool(ident))
+        if forms is not None:
+            forms.native = written
+    path, headers = written
+    return b"".join(
+        (
+            begin,
+            _encode(number),
+            path,
+            _YES if request.stream else _NO,
+            headers,
+            _text(ident) if ident else b"",
+            _encode(transfer) if transfer else _NOTHING,
+        )
+    )
+
+
+def _text(word: bytes) -> bytes:
+    size = len(word)
+    return _TEXT_HEADS[size] + word if size < 256 else _encode(word.decode("ascii"))
 
 
 def _written(path: str, headers: Headers, *, named: bool) -> tuple[bytes, bytes]:
     """Path, and headers; `named`: the request's name must follow, whatever the headers say it is."""
     texts = _texts(headers)
     if not named:
-        return wire.encode(path), wire.encode(texts)
+        return _encode(path), _encode(texts)
     texts.pop(_NAME, None)
     texts[_NAME] = ""  # one byte, and the last
-    return wire.encode(path), wire.encode(texts)[:-1]
+    return _encode(path), _encode(texts)[:-1]
 
 
 def _texts(headers: Headers) -> dict[str, str]:

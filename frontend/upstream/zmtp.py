@@ -23,7 +23,6 @@ _LONG: Final = 2
 _COMMAND: Final = 4
 _SHORT_HEAD: Final = Struct(">BB")
 _LONG_HEAD: Final = Struct(">BQ")
-_LONG_SIZE: Final = Struct(">Q")
 _GREETING_BYTES: Final = 64
 _SIGNATURE: Final = b"\xff\0\0\0\0\0\0\0\0\x7f"
 _NULL: Final = b"NULL".ljust(20, b"\0")
@@ -94,8 +93,9 @@ class Reader:
                     self._hold(9 - left)
                     return None
                 at += 9
-                size = _LONG_SIZE.unpack_from(data, at - 8)[0]
-                if size > MAX_MESSAGE_BYTES:
+                size = data[at - 4] << 24 | data[at - 3] << 16 | data[at - 2] << 8 | data[at - 1]
+                if size > MAX_MESSAGE_BYTES or data[at - 8] | data[at - 7] | data[at - 6] | data[at - 5]:
+                    size = int.from_bytes(data[at - 8 : at], "big")
                     raise UpstreamBroken(f"the engine sent a frame of {size} bytes, the limit is {MAX_MESSAGE_BYTES}")
             else:
                 at += 2
