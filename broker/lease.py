@@ -21,8 +21,8 @@ from typing import Final, Self
 
 from broker.counters import CounterColumn
 from broker.view import TableReader
-from shm import fence
 from shm.cells import CounterRow, add
+from shm.fence import full
 
 _STARTED: Final = int(CounterColumn.STARTED)
 _FINISHED: Final = int(CounterColumn.FINISHED)
@@ -104,7 +104,7 @@ def take(table: TableReader, row: CounterRow, slot: int, generation: int, tokens
     """Claim `slot` as the view showed it. None: it is no longer that; look at a new view, which leaves it out."""
     cells, width = row.cells, row.width
     add(cells, _STARTED * width + slot, 1, _TOKENS_STARTED * width + slot, tokens)
-    fence.full()
+    full()
     if table.is_open(slot, generation):
         return Lease(row, slot, generation, tokens)
     _withdraw(row, slot, tokens)

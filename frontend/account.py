@@ -9,6 +9,7 @@ from typing import Final
 from broker.counters import FrontendCounters, TotalColumn
 from broker.lines import Lines
 from broker.narrator import printable
+from shm.cells import add
 
 access: Final = Lines("penstock.access")
 
@@ -42,7 +43,7 @@ class Outcome(StrEnum):
 
 def count_response(counters: FrontendCounters, status: int) -> None:
     """Counts an answer to an inference request by its class; one that its client left before is a 499."""
-    counters.totals[_CLASSES[status // 100]] += 1
+    add(counters.totals, _CLASSES[status // 100], 1)
 
 
 def log_end(

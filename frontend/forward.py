@@ -52,6 +52,7 @@ from frontend.headers import are_of_events
 from frontend.story import Story
 from frontend.upstream.base import AnswerHead, Call, Headers, UpstreamRequest, WholeSink
 from frontend.waiting import Place, Saturated
+from shm.cells import add
 
 if TYPE_CHECKING:
     from frontend.forwarder import Forwarder
@@ -167,7 +168,7 @@ class Forward:
         self._state = _TRYING
         self._began = shared.clock()
         shared.live.add(self)
-        shared.counters.totals[_OPENED] += 1
+        add(shared.counters.totals, _OPENED, 1)
         assert self._asked is not None
         tokenizer, text = shared.tokenizer, self._asked[0].prompt
         if tokenizer is None or not text:
@@ -507,7 +508,7 @@ class Forward:
             self._disarm()
         shared, counters, choice = self._shared, self._shared.counters, self._choice
         shared.live.discard(self)
-        counters.totals[_CLOSED] += 1
+        add(counters.totals, _CLOSED, 1)
         count_response(counters, self._status)
         duration = (shared.clock() if now is None else now) - self._began
         if shared.decisions is not None:

@@ -149,7 +149,7 @@ def test_the_order_of_stores_is_that_of_the_argument(
 
     row.cells = Recorded()  # type: ignore[assignment]  # as far as take uses it
     is_open = run.reader.is_open
-    monkeypatch.setattr(lease_module.fence, "full", lambda: events.append("fence"))
+    monkeypatch.setattr(lease_module, "full", lambda: events.append("fence"))
     monkeypatch.setattr(run.reader, "is_open", lambda *a: events.append("look") or is_open(*a))
     lease = take(run.reader, row, 1, 1, 5)
     assert lease is not None
