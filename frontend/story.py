@@ -6,7 +6,7 @@ Facts that cost something, such as the counts of an instance, are gathered only 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -36,10 +36,10 @@ class Stories:
         """None for a face that has nothing to tell before a request's end."""
         return cls(face, table) if Event.PARSED in face.lines else None
 
-    def listed(self, slots: Vector, values: Vector) -> str:
+    def listed(self, slots: Vector, values: Sequence[int] | Vector) -> str:
         """As Go prints a map of URLs."""
         urls = [self.url(slot) for slot in slots.tolist()]
-        found = sorted(zip(urls, values.tolist(), strict=True))
+        found = sorted(zip(urls, np.asarray(values).tolist(), strict=True))
         return f"map[{' '.join(f'{url}:{value}' for url, value in found)}]"
 
     def url(self, slot: int) -> str:
@@ -134,7 +134,7 @@ class Story:
             self._tell(Event.NOT_WEIGHED, reason=why.reason, loads=loads, now=now)
             return
         if self._narrator.tells(Event.SCORED):
-            most = max(int(why.loads.max()), 1)
+            most = max(int(max(why.loads)), 1)
             for its, hit, load, score in zip(slots, why.hits, why.loads, why.scores, strict=True):
                 self._tell(Event.SCORED, url=stories.url(int(its)), hit=hit, load=load / most, score=score)
         percentages = np.asarray(why.hits)

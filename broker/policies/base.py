@@ -35,7 +35,7 @@ class Why(msgspec.Struct, frozen=True, gc=False):
     """Leading blocks of the prompt that each had been sent; None: its prompt did not count."""
     blocks: float = 0.0
     """Of the prompt; the last one need not be full."""
-    loads: Vector | None = None
+    loads: Sequence[int] | Vector | None = None
     """Requests, where they were weighed against `hits`."""
     hits: Sequence[int] | Vector | None = None
     """Percentages of the prompt, where these count."""

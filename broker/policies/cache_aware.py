@@ -40,36 +40,47 @@ class CacheAware:
         self.why: Why | None = None
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
-        return self.decide(request, view, view.in_flight)
+        return self.decide(request, view, view.requests)
 
-    def decide(self, request: RouteRequest, view: Loads, loads: Vector) -> int:
+    def decide(self, request: RouteRequest, view: Loads, loads: tuple[int, ...] | Vector) -> int:
         """The sums over `loads`, which differ between this policy and its remote variant."""
-        if len(loads) <= FEW:
+        if isinstance(loads, tuple):
             return self._of_few(request, view, loads)
+        if len(loads) <= FEW:
+            return self._of_few(request, view, tuple(loads.tolist()))
         return self._of_many(request, view, loads)
 
-    def _of_few(self, request: RouteRequest, view: Loads, loads: Vector) -> int:
+    def _of_few(self, request: RouteRequest, view: Loads, loads: tuple[int, ...]) -> int:
         """`_of_many` number by number: a dozen numpy calls take longer than the sums of a few candidates."""
-        values: list[int] = loads.tolist()
-        slots: list[int] = view.slots.tolist()
-        most = max(values)
-        if self._goes_by_load(request, view, loads, most, most - min(values)):
-            return slots[least(view.tokens, self._rng)]
+        most = fewest = loads[0]
+        for load in loads:
+            if load > most:
+                most = load
+            elif load < fewest:
+                fewest = load
+        if self._goes_by_load(request, view, loads, most, most - fewest):
+            return view.listed[least(view.tokens, self._rng)]
         prompt = self._index.prompt(request)
-        depths = self._index.depths(prompt, slots)
+        depths = self._index.depths(prompt, view.listed)
         blocks = max(len(prompt.keys), 1)
-        hits = [depth * 100 // blocks for depth in depths]
-        missed, weight = self._missed, self._load_weight
-        if most:
-            scores = [missed[hit] + load / most * weight for hit, load in zip(hits, values, strict=True)]
-        else:
-            scores = [missed[hit] for hit in hits]
+        hits = []
+        scores = []
+        smallest = 0.0
+        for at, load in enumerate(loads):
+            hit = depths[at] * 100 // blocks
+            score = self._missed[hit]
+            if most:
+                score += load / most * self._load_weight
+            if at == 0 or score < smallest:
+                smallest = score
+            hits.append(hit)
+            scores.append(score)
         self.why = Why(scores, depths, prompt.blocks, loads, hits)
-        smallest = min(scores)
-        if scores.count(smallest) == 1:
-            return slots[scores.index(smallest)]
-        best = [i for i, score in enumerate(scores) if score == smallest]
-        return slots[best[least(view.tokens.take(best), self._rng)]]  # only then are their tokens added up
+        first = scores.index(smallest)
+        if scores.count(smallest) > 1:  # only then their tokens are added up
+            best = [at for at, score in enumerate(scores) if score == smallest]
+            first = best[least(view.tokens.take(best), self._rng)]
+        return view.listed[first]
 
     def _of_many(self, request: RouteRequest, view: Loads, loads: Vector) -> int:
         most: int = loads.item(loads.argmax())
@@ -89,7 +100,9 @@ class CacheAware:
             first = best[least(view.tokens.take(best), self._rng)]
         return int(view.slots[first])
 
-    def _goes_by_load(self, request: RouteRequest, view: Loads, loads: Vector, most: int, apart: int) -> bool:
+    def _goes_by_load(
+        self, request: RouteRequest, view: Loads, loads: tuple[int, ...] | Vector, most: int, apart: int
+    ) -> bool:
         """Whether the prompt has no part in the choice: the fewest tokens decide."""
         uneven = apart > self._abs_threshold and apart > self._rel_threshold * most
         if not uneven and (request.prompt or request.prompt_ids):

@@ -62,7 +62,7 @@ class Prompt:
         self.blocks = blocks
         """Its whole length; the last one need not be full, and the cap does not count."""
         self.match: Match | None = None
-        self.slots: list[int] = []
+        self.slots: tuple[int, ...] = ()
         """Those that `PrefixIndex.depths` was asked for, if it was the last to be asked,"""
         self.depths: list[int] = []
         """and what it said."""
@@ -161,7 +161,7 @@ class PrefixIndex:
             pending.append(depth)
             if depth > depths[slot]:
                 depths[slot] = depth
-        prompt.slots, prompt.depths = [], []
+        prompt.slots, prompt.depths = (), []
         prompt.match = match = Match(keys, prompt.blocks, depths, found, pending, len(self._pending))
         return match
 
@@ -169,7 +169,7 @@ class PrefixIndex:
         """What `match` said of the request, if it is the last one; else what it says now."""
         return self.prompt(request).match or self.match(request)
 
-    def depths(self, prompt: Prompt, slots: list[int]) -> list[int]:
+    def depths(self, prompt: Prompt, slots: tuple[int, ...]) -> list[int]:
         """How many leading blocks of the prompt the instance in each of these slots has been sent: `match` for these
         few, none twice, alone."""
         depths = self._table.reach(prompt.keys, slots)
@@ -216,7 +216,7 @@ class PrefixIndex:
         elif prompt.match is not None:
             had = prompt.match.depths.item(slot)
         else:
-            had = self.depths(prompt, [slot])[0]
+            had = self.depths(prompt, (slot,))[0]
         told = self._told.tell(keys, slot, had)
         if told < len(keys):
             self._note(keys, slot, told)

@@ -190,12 +190,12 @@ static PyObject *reach(Table *t, PyObject *const *arguments, Py_ssize_t given) {
     int64_t asked[MOST_ASKED], reached[MOST_ASKED] = {0};
     Reach r = {reached, 0, asked, 0, {0}};
     Py_buffer keys;
-    if (given != 2 || !PyList_Check(arguments[1])) return PyErr_Format(PyExc_TypeError, "reach(keys, members)");
-    Py_ssize_t count = PyList_GET_SIZE(arguments[1]);
+    if (given != 2 || !PyTuple_Check(arguments[1])) return PyErr_Format(PyExc_TypeError, "reach(keys, members)");
+    Py_ssize_t count = PyTuple_GET_SIZE(arguments[1]);
     if (count > MOST_ASKED) return PyErr_Format(PyExc_ValueError, "at most %d members", MOST_ASKED);
     memset(r.seen, 0xff, (size_t)t->words * 8);
     for (; r.left < count; r.left++) {
-        int64_t member = asked[r.left] = PyLong_AsLongLong(PyList_GET_ITEM(arguments[1], r.left));
+        int64_t member = asked[r.left] = PyLong_AsLongLong(PyTuple_GET_ITEM(arguments[1], r.left));
         if (member == -1 && PyErr_Occurred()) return NULL;
         uint64_t bit = (uint64_t)1 << (member & 63);
         if (member < 0 || member >= t->words * 64 || !(r.seen[member >> 6] & bit))

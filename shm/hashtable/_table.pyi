@@ -17,7 +17,7 @@ class Table:
         """How many keys were found. `Found.at`, `places` and `moments` stand at the ends of the three rows of `out`,
         each as long as `keys`; `reach`, zeroed before, is filled."""
 
-    def reach(self, keys: Vector, members: list[int], /) -> list[int]:
+    def reach(self, keys: Vector, members: tuple[int, ...], /) -> list[int]:
         """As `TableReader.reach`, for at most 64 members. Raises ValueError for more, for one twice, or for one that no
         set can have."""
 

@@ -216,9 +216,9 @@ def test_of_few_slots_alone_the_depths_are_the_same(shared: Shared) -> None:
     shared.send(HEAD[:192], 2)
     index = shared.frontends[0]
     every = index.match(RouteRequest(prompt=HEAD)).depths
-    for slots in ([], [4], [2, 0, 1], [4, 3, 2, 1]):
-        assert index.depths(index.prompt(RouteRequest(prompt=HEAD)), slots) == every[slots].tolist()
-    assert index.depths(index.prompt(RouteRequest(prompt="short")), [1, 2]) == [0, 0]
+    for slots in ((), (4,), (2, 0, 1), (4, 3, 2, 1)):
+        assert index.depths(index.prompt(RouteRequest(prompt=HEAD)), slots) == [every[slot] for slot in slots]
+    assert index.depths(index.prompt(RouteRequest(prompt="short")), (1, 2)) == [0, 0]
 
 
 def test_own_and_shared_knowledge_of_a_slot_count_as_the_deeper_one(shared: Shared) -> None:
@@ -301,7 +301,7 @@ def test_what_was_told_is_known_from_the_choice_or_looked_up(shared: Shared) -> 
     teller, other = Teller(shared), RouteRequest(prompt="z" * 64)
     index, request = teller.index, RouteRequest(prompt=LONG)
     assert teller.send(LONG, 3) == 40
-    index.depths(index.prompt(request), [2, 3])
+    index.depths(index.prompt(request), (2, 3))
     index.tell(request, 3)
     assert index.batch() is None
     index.prompt(other)

@@ -36,12 +36,12 @@ def test_of_few_members_alone_the_reach_is_the_same(shared: Segment) -> None:
     many = np.arange(1, 401, dtype=np.int64)
     for tick, (member, had) in enumerate({60: 400, 7: 391, 0: 130, 8: 3, 69: 300}.items(), 1):
         writer.add(many[:had], member, tick)
-    assert reader.reach(many, [7, 60, 5]) == [391, 400, 0]
-    assert reader.reach(many, [0, 8, 7, 60, 69]) == [130, 3, 391, 400, 300]
-    assert reader.reach(many[:2], [5, 8]) == [0, 2]
-    assert reader.reach(keys(), [0]) == [0]
-    assert reader.reach(many, []) == []
-    assert reader.reach(many, list(range(MEMBERS))) == reader.find(many).reach[:MEMBERS].tolist()
+    assert reader.reach(many, (7, 60, 5)) == [391, 400, 0]
+    assert reader.reach(many, (0, 8, 7, 60, 69)) == [130, 3, 391, 400, 300]
+    assert reader.reach(many[:2], (5, 8)) == [0, 2]
+    assert reader.reach(keys(), (0,)) == [0]
+    assert reader.reach(many, ()) == []
+    assert reader.reach(many, tuple(range(MEMBERS))) == reader.find(many).reach[:MEMBERS].tolist()
 
 
 def test_missing_keys_are_passed_over(shared: Segment) -> None:
@@ -250,7 +250,7 @@ def test_the_twins_find_the_same(tmp_path_factory: pytest.TempPathFactory, steps
     assert reach(found) == reach(expected)
     assert found.places.tolist() == expected.places.tolist()
     assert found.moments.tolist() == expected.moments.tolist()
-    assert reader.reach(keys(*asked), [3, 69, 0]) == found.reach[[3, 69, 0]].tolist()
+    assert reader.reach(keys(*asked), (3, 69, 0)) == found.reach[[3, 69, 0]].tolist()
     every = np.arange(len(found.at))
     counts = found.uses(every)
     reader._compiled = None
@@ -271,7 +271,7 @@ def test_the_compiled_twin_reads_and_writes_nothing_that_is_not_there(shared: Se
     assert reached.tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="int64"):
         table.find(np.zeros(3, dtype=np.int8), out, reached)
-    for wrong in ([-1], [1 << 40], [64 * 2], [1, 1], list(range(65))):
+    for wrong in ((-1,), (1 << 40,), (64 * 2,), (1, 1), tuple(range(65))):
         with pytest.raises(ValueError, match="member"):
             table.reach(keys(1), wrong)
     arrays = [shared.array(name) for name in ("cells", *(name[1:] for name in ARRAYS))]
@@ -285,7 +285,7 @@ def test_the_compiled_twin_reads_and_writes_nothing_that_is_not_there(shared: Se
         TableReader(Segment.attach(shared.path))._compiled.add(keys(1), 1, 1)  # type: ignore[union-attr]  # as above
     shared.array("members")[:] = -1 << 62  # names a bitmap beyond the last
     assert table.find(keys(1), out, reached) == 0
-    assert table.reach(keys(1), [1]) == [0]
+    assert table.reach(keys(1), (1,)) == [0]
     assert table.add(keys(1), 1, 1) is None
     counts = np.ones(4)
     table.uses(keys(-1, 1 << 40, 0), keys(0, 0, -2), keys(-1, 0, 1, 7), 1, counts)

@@ -85,7 +85,7 @@ def _found(reader: TableReader) -> set[int]:
 
 
 def _reached(reader: TableReader) -> set[int]:
-    return {member for member, stop in enumerate(reader.reach(keys(1), [*range(64)])) if stop}
+    return {member for member, stop in enumerate(reader.reach(keys(1), tuple(range(64)))) if stop}
 
 
 @pytest.mark.parametrize("look_up", [_found, _reached])
@@ -167,7 +167,7 @@ def test_beside_a_writer_no_key_is_seen_with_anothers_members(tmp_path: Path) ->
             first = int(rng.integers(1, 400))
             run = np.arange(first, first + 8, dtype=np.int64)
             seen = reader.find(run)
-            reached = enumerate(reader.reach(run, [*range(64)]))
+            reached = enumerate(reader.reach(run, tuple(range(64))))
             for member, stop in (*reach(seen).items(), *((member, stop) for member, stop in reached if stop)):
                 assert member in _own(first + stop - 1), first + stop - 1
             found += len(seen.at)
