@@ -48,6 +48,7 @@ REQUEST_PATH = (
     "frontend/known_heads.py",
     "frontend/lean.py",
     "frontend/lifting.py",
+    "frontend/outbox.py",
     "frontend/receiving.py",
     "frontend/request_head.py",
     "frontend/upstream/http.py",

@@ -40,6 +40,7 @@ from frontend.fastdeploy import FastDeployRoutes
 from frontend.forwarder import Forwarder
 from frontend.metrics import Metrics
 from frontend.notices import Notices
+from frontend.outbox import Outbox
 from frontend.outside import Outside, Told
 from frontend.pair import Pairer
 from frontend.rescue import Rescuer
@@ -113,9 +114,10 @@ async def serve(
         counters = FrontendCounters(segment, index)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(context.term)
-        http = HttpUpstream(config)
+        outbox = Outbox(loop)
+        http = HttpUpstream(config, outbox)
         dropped = partial(counters.count, TotalColumn.FRAMES_DROPPED)
-        native = ZmqUpstream(config, on_drop=dropped)
+        native = ZmqUpstream(config, outbox, on_drop=dropped)
         stack.callback(native.close)
         stack.callback(http.close)
 
@@ -195,6 +197,7 @@ async def serve(
             on_stop,
             inference if config.server.lean_path else None,
             inference.bound,
+            outbox,
         )
 
         def stop() -> None:

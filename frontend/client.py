@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 
 from frontend.idle import IdleConnections
 from frontend.lean import Lean, LeanCycle
+from frontend.outbox import Outbox, Outlet
 
 
 class Rest(Protocol):
@@ -53,26 +54,35 @@ class Client:
         lean: Lean,
         state: ServerState,
         idle: IdleConnections,
+        outbox: Outbox,
     ) -> None:
         """`peer`: the client's address."""
         self.peer = peer
-        self.write = transport.write
-        """Sends bytes. The transport's own, so that an event of a stream touches nothing else of the connection."""
-        self.close = transport.close
-        """After what was sent."""
-        self.abort = transport.abort
-        """At once, so that it cannot pass for an orderly end."""
+        self.write = Outlet(transport, outbox).write
+        """Sends bytes when the turn ends. The outlet's own: an event touches nothing else of the connection."""
         self.writes_are_paused = False
         self.is_free = True
         """The connection is at rest, and what comes may go the short way."""
         self.has_served = False
         self._connection = connection
+        self._transport = transport
+        self._outbox = outbox
         self._is_closing = transport.is_closing
         self._lean = lean
         self._state = state
         self._idle = idle
         self._cycle: LeanCycle | None = None  # the request that went the short way, until it is answered or adopted
         self._steps_aside = False
+
+    def close(self) -> None:
+        """After what was sent."""
+        self._outbox.flush()
+        self._transport.close()
+
+    def abort(self) -> None:
+        """At once, so that it cannot pass for an orderly end."""
+        self._outbox.flush()
+        self._transport.abort()
 
     def step_aside(self) -> None:
         """Takes the short way no more: from now on everything is the connection's."""

@@ -40,6 +40,7 @@ from frontend.client import Client
 from frontend.errors import BodyTooSlow, HeadTooLarge, Malformed
 from frontend.idle import IdleConnections
 from frontend.lean import Lean, LeanCycle
+from frontend.outbox import Outbox
 from frontend.request_head import read_head, says_too_large
 
 logger = logging.getLogger("frontend")
@@ -76,14 +77,17 @@ class Connection(HttpToolsProtocol):
         idle: IdleConnections,
         lean: Lean | None,
         bound: int = PAUSE_AT,
+        outbox: Outbox | None = None,
     ) -> None:
-        """`bound`: what one slow client may hold, in bytes. Without `lean`, every request goes to the application."""
+        """`bound`: what one slow client may hold, in bytes. Without `lean`, every request goes to the application.
+        `outbox`: the process's, for what lean requests write."""
         super().__init__(config=config, server_state=state, app_state=app_state)
         self._counters = counters
         self._idle = idle
         self._lean = lean
         self._bound = bound
         self._client: Client | None = None  # what the transport calls instead of us, as long as there is one
+        self._outbox = Outbox(self.loop) if outbox is None else outbox
         self._running: Cycle | None = None
         self._requested = False
         self._stopping = False
@@ -105,7 +109,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         if self._lean is not None:
             peer = self.client[0] if self.client else ""
-            self._client = Client(self, transport, peer, self._lean, self.server_state, self._idle)
+            self._client = Client(self, transport, peer, self._lean, self.server_state, self._idle, self._outbox)
             transport.set_protocol(cast("asyncio.Protocol", self._client))  # by its methods
         if self._bound < PAUSE_AT:  # which is the transports' own
             transport.set_write_buffer_limits(high=self._bound)
@@ -145,7 +149,7 @@ class Connection(HttpToolsProtocol):
 
     def eof_received(self) -> None:
         if self._running is not None:
-            self.transport.abort()
+            self._abort()
             self._part()
 
     def pause_writing(self) -> None:
@@ -299,9 +303,11 @@ class Connection(HttpToolsProtocol):
                 if running.is_ready:  # refused: whether its body will follow nobody knows
                     running.keep_alive = False
                 elif self.parser.get_http_version() == "1.1":
+                    self._outbox.flush()
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._go_on(running)
         else:
+            self._outbox.flush()  # uvicorn writes by itself
             super()._start_asgi_task(cycle, app)
 
     def _go_on(self, cycle: LeanCycle) -> None:
@@ -326,7 +332,7 @@ class Connection(HttpToolsProtocol):
             elif self._refusal is not None:
                 self._say(self._refusal)
             elif self._is_full:
-                self.transport.close()
+                self._close()
             else:
                 self._idle.enter(self)
                 if self._client is not None:
@@ -354,16 +360,30 @@ class Connection(HttpToolsProtocol):
             self._client.step_aside()
             requested = requested or self._client.has_served
         if self._stopping or self._running is not None:
-            super().shutdown()
+            self._shut_down()
         else:
-            self.loop.call_later(NEXT_REQUEST_S if requested else FIRST_REQUEST_S, super().shutdown)
+            self.loop.call_later(NEXT_REQUEST_S if requested else FIRST_REQUEST_S, self._shut_down)
         self._stopping = True
 
     def idled(self) -> None:
         if self._running is None:
-            self.transport.close()
+            self._close()
         elif self._running is self._current and not self._is_between:
             self._break_off(BodyTooSlow("the rest of the body did not come"))
+
+    # -- after what was sent: the answers of lean requests may still be in the outbox ---------------------------
+
+    def _shut_down(self) -> None:
+        self._outbox.flush()
+        super().shutdown()
+
+    def _close(self) -> None:
+        self._outbox.flush()
+        self.transport.close()
+
+    def _abort(self) -> None:
+        self._outbox.flush()
+        self.transport.abort()
 
     # -- refusals ----------------------------------------------------------------------------------------------
 
@@ -424,7 +444,7 @@ class Connection(HttpToolsProtocol):
             if broken is not self._running:
                 self._drop_last()
             elif isinstance(broken, RequestResponseCycle) and broken.response_started:
-                self.transport.abort()
+                self._abort()
             else:
                 _tell_gone(broken)
                 self._running = None
@@ -439,6 +459,7 @@ class Connection(HttpToolsProtocol):
         lines = [STATUS_LINE[status]]
         for name, value in (*self.server_state.default_headers, *found, (b"connection", b"close")):
             lines += (name, b": ", value, b"\r\n")
+        self._outbox.flush()
         self.transport.write(b"".join((*lines, b"\r\n", data)))
         self.transport.close()
 

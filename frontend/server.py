@@ -22,6 +22,7 @@ from frontend.api import Inference
 from frontend.connection import Connection
 from frontend.idle import IdleConnections
 from frontend.lean import Lean
+from frontend.outbox import Outbox
 
 KEEP_ALIVE_S = 75
 """Longer than the pools of common clients keep an idle connection, so that the client is the one who closes it."""
@@ -51,12 +52,14 @@ class Server(uvicorn.Server):
         on_stop: Callable[[], None],
         lean: Inference | None = None,
         bound: int = PAUSE_AT,
+        outbox: Outbox | None = None,
     ) -> None:
         """`lean`: the inference routes that go the lean way; without it, the application has them all. `bound`: what
-        one slow client may hold, in bytes."""
+        one slow client may hold, in bytes. `outbox`: the process's."""
         super().__init__(config)
         self._lean = Lean(lean, self.server_state) if lean is not None else None
         self._bound = bound
+        self._outbox = outbox
         self._counters = counters
         self._listener = listener
         self._is_ahead = is_ahead
@@ -87,5 +90,12 @@ class Server(uvicorn.Server):
 
     def _connection(self) -> asyncio.Protocol:
         return Connection(
-            self.config, self.server_state, self.lifespan.state, self._counters, self._idle, self._lean, self._bound
+            self.config,
+            self.server_state,
+            self.lifespan.state,
+            self._counters,
+            self._idle,
+            self._lean,
+            self._bound,
+            self._outbox,
         )

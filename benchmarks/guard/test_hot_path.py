@@ -85,7 +85,7 @@ def _event(it: whole.Whole) -> Work:
 
     def event() -> None:
         engine.data_received(whole.EVENT)
-        it.client.sent.clear()
+        it.heard()
 
     return event
 

@@ -27,6 +27,7 @@ from frontend.dispatch import Dispatcher, make_policies
 from frontend.forwarder import Forwarder
 from frontend.idle import IdleConnections
 from frontend.lean import Lean
+from frontend.outbox import Outbox, Outlet
 from frontend.upstream.http import HttpUpstream
 from frontend.upstream.http_connection import Connection as EngineConnection
 from frontend.upstream.http_pool import Pool
@@ -129,9 +130,10 @@ class Whole:
         dispatcher = Dispatcher(self.run.reader, self.counters, make_policies(config, 0), breaker)
         admission = Admission(config, self.run.reader, dispatcher, self.counters, 1, loop, lambda _: True)
 
-        self.http = HttpUpstream(config)
-        self.native = ZmqUpstream(config)
         self._turns = Turns(loop)
+        self._outbox = outbox = Outbox(cast("asyncio.AbstractEventLoop", self._turns))
+        self.http = HttpUpstream(config, outbox)
+        self.native = ZmqUpstream(config, outbox)
         self.native._loop = cast("asyncio.AbstractEventLoop", self._turns)
         self.forwarder = Forwarder(config, admission, self.counters, self.http, self.native, loop, time.monotonic)
         inference = Inference(config, self.forwarder)
@@ -148,15 +150,17 @@ class Whole:
         idle = IdleConnections(loop, 75.0)
         self.idle = idle
         self.client = Transport()
-        self.connection = Connection(uconfig, self.state, {}, self.counters, idle, Lean(inference, self.state))
+        lean = Lean(inference, self.state)
+        self.connection = Connection(uconfig, self.state, {}, self.counters, idle, lean, outbox=outbox)
         self.connection.connection_made(cast("asyncio.Transport", self.client))
 
     def _connect_engine(self, url: str) -> None:
-        pool = self.http._pools.setdefault(url, Pool(url, 4096, self.loop))
+        pool = self.http._pools.setdefault(url, Pool(url, 4096, self.loop, outbox=self._outbox))
         connection = EngineConnection(pool, cast("Any", None), self.loop)
         pool._connections.add(connection)
         transport = Transport()
         connection._transport = cast("asyncio.Transport", transport)
+        connection._outlet = Outlet(connection._transport, self._outbox)
         pool.spare(connection)
         self.engines.append((connection, transport))
 
@@ -189,6 +193,8 @@ class Whole:
         raise AssertionError(self.client.sent)
 
     def heard(self) -> bytes:
+        """By the client, until the turn of the loop has ended."""
+        self._turns.run()
         data = b"".join(self.client.sent)
         self.client.sent.clear()
         return data

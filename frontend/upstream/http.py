@@ -20,6 +20,7 @@ from broker.errors import BadRequest, ConnectFailed, EngineSaturated, PenstockEr
 from broker.faces import face_of
 from broker.types import Instance
 from frontend.known_heads import KnownHeads
+from frontend.outbox import Outbox
 from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, UpstreamRequest, WholeSink
 from frontend.upstream.http_connection import Connection
 from frontend.upstream.http_pool import IDLE_S, Pool
@@ -31,13 +32,15 @@ _NOT_SENT: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 class HttpUpstream:
     """`Upstream` for HTTP engines. Create it on the running loop that it will live on."""
 
-    def __init__(self, config: Config, *, idle_s: float = IDLE_S) -> None:
+    def __init__(self, config: Config, outbox: Outbox | None = None, *, idle_s: float = IDLE_S) -> None:
+        """`outbox`: the process's."""
         self._limit = config.upstream.connections
         self._connect_s = config.timeouts.connect_secs
         self._idle_s = idle_s
         # Where whoever forwards tries again anyway, a face may want to count every time that an engine is asked.
         self._revives = config.server.splitwise or not face_of(config).counts_lost
         self._loop = asyncio.get_running_loop()
+        self._outbox = Outbox(self._loop) if outbox is None else outbox
         self._pools: dict[str, Pool] = {}
         self._retired: list[Pool] = []
         """Of removed instances, as long as answers are under way there."""
@@ -56,7 +59,13 @@ class HttpUpstream:
             pool = self._pools.get(instance.url)
             if pool is None:
                 pool = self._pools[instance.url] = Pool(
-                    instance.url, self._limit, self._loop, self._idle_s, self._known, revives=self._revives
+                    instance.url,
+                    self._limit,
+                    self._loop,
+                    self._idle_s,
+                    self._known,
+                    self._outbox,
+                    revives=self._revives,
                 )
             call.ask(pool, request)
         except PenstockError as e:

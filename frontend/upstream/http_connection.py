@@ -16,6 +16,7 @@ from typing import Protocol, cast
 from broker.errors import PenstockError, UpstreamBroken
 from broker.keepalive import keep_alive
 from frontend.known_heads import KnownHeads
+from frontend.outbox import Outbox, Outlet
 from frontend.upstream.base import AnswerHead, Headers, WholeSink
 from frontend.upstream.http_chunk import chunk_size
 from frontend.upstream.http_response import ResponseReader
@@ -57,6 +58,7 @@ class Owner(Protocol):
     """What a connection knows of its pool."""
 
     known: KnownHeads[AnswerHead]
+    outbox: Outbox
 
     def spare(self, connection: Connection) -> None:
         """It is idle and may be used again."""
@@ -72,6 +74,7 @@ class Connection:
         "_answered",
         "_closed",
         "_loop",
+        "_outlet",
         "_owner",
         "_reader",
         "_started",
@@ -89,6 +92,7 @@ class Connection:
         self._owner = owner
         self._loop = loop
         self._transport: asyncio.Transport | None = None
+        self._outlet: Outlet | None = None
         self._reader = ResponseReader()
         self._stream: WholeSink | None = None
         """Gets whole chunks as they come, past the reader, which stands between two; None: all goes through it."""
@@ -116,7 +120,8 @@ class Connection:
 
     def send(self, exchange: Exchange) -> None:
         """Puts a request on the wire; the connection must be new or idle. Calls nothing back before it returns."""
-        transport = self._transport
+        outlet, transport = self._outlet, self._transport
+        assert outlet is not None
         assert transport is not None
         self.exchange = exchange
         self._started = False
@@ -125,10 +130,10 @@ class Connection:
             self._reader.begin(head_only=exchange.head_only)
         head, body = exchange.head, exchange.body
         if len(body) <= JOIN_BYTES:
-            transport.write(head + body)
+            outlet.write(head + body)
         else:
-            transport.write(head)
-            transport.write(body)
+            outlet.write(head)
+            outlet.write(body)
         if exchange.paused:
             transport.pause_reading()
 
@@ -159,6 +164,7 @@ class Connection:
         # asyncio and uvloop set TCP_NODELAY on every TCP connection; tests/frontend/upstream holds them to it.
         transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
         self._transport = transport
+        self._outlet = Outlet(transport, self._owner.outbox)
         # A host that lost its power sends no reset; an unstreamed answer has no other limit to its silence.
         keep_alive(transport.get_extra_info("socket"))
         if self.exchange is None:  # cancelled while the handshake was under way
@@ -201,7 +207,7 @@ class Connection:
         transport = self._transport
         assert transport is not None
         # An early answer (while the body is still being sent) is the reader's business, and so is one without a body.
-        if known is None or not known[1] or transport.get_write_buffer_size() or transport.is_closing():
+        if known is None or not known[1] or self._is_unsent(transport) or transport.is_closing():
             return False
         self.exchange = None
         self._used = True
@@ -267,13 +273,19 @@ class Connection:
         elif reader.is_between and not exchange.paused:
             self._stream = exchange.stream
 
+    def _is_unsent(self, transport: asyncio.Transport) -> bool:
+        """Of the request something is still to be written."""
+        outlet = self._outlet
+        assert outlet is not None
+        return outlet.held > 0 or transport.get_write_buffer_size() > 0
+
     def _release(self, exchange: Exchange) -> None:
         """The response is whole: the connection is spare if both sides agree where it ended, else closed."""
         transport = self._transport
         assert transport is not None
         self.exchange = None
         # An early answer (413, say) may come while the body is still being sent: the rest of it would follow.
-        if self._reader.reusable and not transport.is_closing() and transport.get_write_buffer_size() == 0:
+        if self._reader.reusable and not transport.is_closing() and not self._is_unsent(transport):
             self._used = True
             if exchange.paused:
                 transport.resume_reading()

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from broker.errors import ConnectFailed, EngineSaturated, PenstockError
 from frontend.known_heads import KnownHeads
+from frontend.outbox import Outbox
 from frontend.upstream.base import AnswerHead
 from frontend.upstream.http_connection import Connection, Exchange
 
@@ -76,6 +77,7 @@ class Pool:
         loop: asyncio.AbstractEventLoop,
         idle_s: float = IDLE_S,
         known: KnownHeads[AnswerHead] | None = None,
+        outbox: Outbox | None = None,
         *,
         revives: bool = True,
     ) -> None:
@@ -85,6 +87,7 @@ class Pool:
         self.revives = revives
         self.known = KnownHeads() if known is None else known
         """Those of engines of one kind are alike."""
+        self.outbox = Outbox(loop) if outbox is None else outbox
         self.address = Address(url)
         self._limit = limit
         self._loop = loop

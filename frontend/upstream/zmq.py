@@ -33,6 +33,7 @@ from broker.errors import (
     WireError,
 )
 from broker.types import Instance
+from frontend.outbox import Outbox
 from frontend.upstream.base import AnswerHead, Call, Sink, UpstreamRequest
 from frontend.upstream.zmq_call import JSON, ZmqCall
 from frontend.upstream.zmq_peers import Peer, Peers
@@ -58,13 +59,21 @@ class Dropped:
 class ZmqUpstream:
     """`Upstream` for native engines. Create it on the running loop that it will live on."""
 
-    def __init__(self, config: Config, *, batch: int = BATCH, on_drop: Callable[[], None] = lambda: None) -> None:
-        """`on_drop` counts each message not used."""
+    def __init__(
+        self,
+        config: Config,
+        outbox: Outbox | None = None,
+        *,
+        batch: int = BATCH,
+        on_drop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`outbox`: the process's, for what clients' sinks hear. `on_drop` counts each message not used."""
         self.dropped = Dropped()
         self._on_drop = on_drop
         self._bound = config.upstream.stream_buffer_bytes
         self._batch = batch
         self._loop = asyncio.get_running_loop()
+        self._outbox = Outbox(self._loop) if outbox is None else outbox
         self._peers = Peers(self, config.timeouts.connect_secs, self._loop)
         self._calls: dict[int, ZmqCall] = {}
         """Every call that has not heard its end, paused ones included."""
@@ -195,6 +204,7 @@ class ZmqUpstream:
             self._peers.say_aborts()
         if self._peers.unsent:
             self._peers.flush()
+        self._outbox.flush()
 
     def _read(self, peer: Peer, *, was_paused: bool = False) -> None:
         """A batch of what an engine has sent."""
