@@ -6,7 +6,7 @@ without it (`frontend.lean`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -15,7 +15,7 @@ from broker.config import Config
 from broker.counters import TotalColumn
 from broker.engines.pd import request_id
 from broker.errors import BadRequest, BodyTooLarge, PairsOnly
-from broker.faces import face_of
+from broker.faces import Estimate, face_of
 from broker.narrator import printable
 from broker.policies import need_index
 from broker.splice import replace_member
@@ -45,7 +45,11 @@ class Inference:
     """The inference routes of one frontend; an ASGI application."""
 
     def __init__(self, config: Config, forwarder: Forwarder, stories: Stories | None = None) -> None:
-        self.face = face_of(config)
+        self.face = face = face_of(config)
+        # Asked for every request; a face has no compiled attributes.
+        self._estimate: Callable[[list[str], int], Estimate] = face.estimate
+        self._names_requests = face.names_requests
+        self._relays_lines = face.relays_lines
         self._stories = stories
         self._parse = body.parser(self.face)
         self.limit = config.server.max_body_bytes
@@ -83,7 +87,7 @@ class Inference:
 
     def shown(self, ident: bytes) -> bytes:
         """What engine and client hear of a request's id: nothing, if the face gives requests no names."""
-        return ident if self.face.names_requests else b""
+        return ident if self._names_requests else b""
 
     def forward(self, head: RequestHead, data: bytes, ident: bytes, sink: WholeSink, client: str = "") -> Forward:
         """The request as it will go out, its answer to `sink`; not begun yet. `client` is its address. Raises
@@ -99,10 +103,10 @@ class Inference:
             if model is not None and (meant := self._aliases.get(model)) is not None:
                 model = meant
                 data = replace_member(data, "model", msgspec.json.encode(meant))
-            text, tokens = read.text(self.face.estimate)
+            text, tokens = read.text(self._estimate)
             ids: Sequence[int] = ()
             if (tools := read.tools_text()) and tokens:
-                tokens += self.face.estimate([tools], 0).tokens
+                tokens += self._estimate([tools], 0).tokens
             if not self._looks:
                 text = ""  # not kept for nobody
             elif text:
@@ -117,7 +121,7 @@ class Inference:
             route = RouteRequest(model=model, session=session, prompt=text, prompt_ids=ids, prompt_tokens=tokens)
         else:
             route = RouteRequest(session=head.session)
-        if stream and self.face.relays_lines:
+        if stream and self._relays_lines:
             sink = LineEnds(sink)
         shown = self.shown(ident)
         request = UpstreamRequest(

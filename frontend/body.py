@@ -20,8 +20,11 @@ from broker.errors import UNDECODABLE, BadRequest
 from broker.faces import PENSTOCK, Estimate, Face
 from broker.faces.go import complaint
 from frontend.lifting import decode_chat
+from frontend.texts import collect, collect_chat
 
 Estimator = Callable[[list[str], int], Estimate]
+
+_NO_TOOLS = msgspec.Raw()
 
 
 class Message(msgspec.Struct, gc=False):
@@ -40,26 +43,31 @@ class Body(msgspec.Struct, gc=False):
     messages: Any = None
     prompt: Any = None
     input: Any = None
-    tools: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = _NO_TOOLS
     """As the client wrote them, which is the same for all of its requests."""
 
     def session(self) -> str | None:
-        return str(self.session_id) if isinstance(self.session_id, str | int) and self.session_id != "" else None
+        named = self.session_id
+        if named is None:  # of nearly all
+            return None
+        return str(named) if isinstance(named, str | int) and named != "" else None
 
     def text(self, estimate: Estimator = PENSTOCK.estimate) -> Estimate:
         """The prompt's text, and its estimated tokens."""
         texts: list[str] = []
         ids = 0
         if self.messages is not None:
-            ids = _collect(self.messages, texts)
+            ids = collect(self.messages, texts)
         if self.prompt is not None:
-            ids += _collect(self.prompt, texts)
+            ids += collect(self.prompt, texts)
         if self.input is not None:
-            ids += _collect(self.input, texts)
+            ids += collect(self.input, texts)
         return estimate(texts, ids)
 
     def tools_text(self) -> str:
         """What an engine puts in front of the prompt's text."""
+        if self.tools is _NO_TOOLS:  # of nearly all
+            return ""
         tools = bytes(self.tools)
         return "" if tools in (b"", b"null", b"[]") else tools.decode("utf-8", "replace")
 
@@ -150,16 +158,12 @@ class ChatBody(Body, gc=False):
     def text(self, estimate: Estimator = PENSTOCK.estimate) -> Estimate:
         texts: list[str] = []
         ids = 0
-        for message in self.messages or ():
-            content = message.content
-            if type(content) is str:
-                texts.append(content)
-            else:
-                ids += _collect(message.text if content is None else content, texts)
+        if self.messages is not None:
+            ids = collect_chat(self.messages, texts)
         if self.prompt is not None:
-            ids += _collect(self.prompt, texts)
+            ids += collect(self.prompt, texts)
         if self.input is not None:
-            ids += _collect(self.input, texts)
+            ids += collect(self.input, texts)
         return estimate(texts, ids)
 
 
@@ -290,28 +294,3 @@ def _shortly(name: str, part: msgspec.Raw) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-_NO_TEXT = (int, float, type(None))
-_DEEPEST = 8
-"""Lists and objects around a text. No known shape has as many; what has more than Python's stack would end it."""
-
-
-def _collect(value: Any, texts: list[str], depth: int = _DEEPEST) -> int:
-    """Appends the texts of a prompt, of an input or of messages; returns how many token ids there were.
-
-    A prompt or input is a text, token ids, or a list of either; a message has a text or a list of parts.
-    """
-    if isinstance(value, str):
-        texts.append(value)
-        return 0
-    if not depth:
-        return 0
-    if isinstance(value, list):
-        if value and type(value[0]) is int:
-            return len(value)
-        return sum([_collect(item, texts, depth - 1) for item in value if not isinstance(item, _NO_TEXT)])
-    if isinstance(value, dict):
-        content = value.get("content")
-        return _collect(value.get("text") if content is None else content, texts, depth - 1)
-    return 0

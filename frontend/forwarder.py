@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
+from typing import Final
 
 from broker.aborting import by_name
 from broker.config import Config
@@ -21,6 +22,8 @@ from frontend.pairings import Pairings
 from frontend.story import Story
 from frontend.tokenizer import Tokenizer
 from frontend.upstream.base import Upstream, UpstreamRequest, WholeSink
+
+_MOST_PATH: Final = MOST_PATH  # one that the compiler knows
 
 
 class Forwarder:
@@ -76,7 +79,9 @@ class Forwarder:
         instance was chosen."""
         explains = self._always_explains or (asks_why and self._explains_if_asked)
         steps: list[Step] | None = [] if explains else None
-        path = request.path if len(request.path) <= MOST_PATH else cut(request.path)
+        path = request.path
+        if len(path) > _MOST_PATH:
+            path = cut(path)
         asked = route, request
         return Forward(self, ident, request.request_id, path, route.model, sink, asked, story, explains, steps)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 import re
+from binascii import hexlify
 from collections.abc import Iterable
 from typing import Final
 
 from frontend.upstream.base import HOP_BY_HOP, Headers
 
-REQUEST_ID = b"x-request-id"
+REQUEST_ID: Final = b"x-request-id"
 
 # Ours to say on the engine's connection. `expect` has been answered here: the body is already read.
 _NOT_FORWARDED_BUT_ID: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
@@ -34,7 +35,7 @@ def own_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def new_id() -> bytes:
-    return b"%024x" % _draw(96)
+    return hexlify(_draw(96).to_bytes(12, "big"))
 
 
 def for_engine(headers: Iterable[tuple[bytes, bytes]], *, names: bool) -> Headers:

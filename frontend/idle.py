@@ -30,14 +30,15 @@ class IdleConnections:
 
     def enter(self, connection: Idler) -> None:
         """From now on it waits for its client: for a request, or for the rest of one."""
-        self._since.pop(connection, None)
+        self.leave(connection)
         self._since[connection] = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_later(self._limit_s, self._reap)
 
     def leave(self, connection: Idler) -> None:
         """It waits no more, or is gone. Idempotent."""
-        self._since.pop(connection, None)
+        if connection in self._since:
+            del self._since[connection]
 
     def close(self) -> None:
         self._since.clear()

@@ -9,25 +9,10 @@ from pathlib import Path
 import msgspec
 
 from broker.errors import PenstockError
-from broker.faces.base import Estimate, Event, Face, Line, Misled, Said
+from broker.faces.base import Event, Face, Line, Misled, Said
+from broker.faces.estimate import estimate
 
 JSON = "application/json"
-BYTES_PER_TOKEN = 4
-"""The estimate for text; token-id lists are counted exactly."""
-
-
-def estimate(texts: list[str], ids: int) -> Estimate:
-    if len(texts) == 1:
-        text = texts[0]
-        size = _utf8_bytes(text)
-    else:
-        text = "\n".join(texts)
-        size = _utf8_bytes(text) - max(0, len(texts) - 1)
-    return Estimate(text, ids - (-size // BYTES_PER_TOKEN))
-
-
-def _utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def error(failure: PenstockError) -> Said:
