@@ -174,8 +174,26 @@ release:
     Py_RETURN_NONE;
 }
 
+static PyObject *alike(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t arguments) {
+    Py_buffer one, other;
+    if (arguments != 2) return PyErr_Format(PyExc_TypeError, "alike(keys, others)");
+    if (PyObject_GetBuffer(given[0], &one, PyBUF_C_CONTIGUOUS) < 0) return NULL;
+    if (PyObject_GetBuffer(given[1], &other, PyBUF_C_CONTIGUOUS) < 0) {
+        PyBuffer_Release(&one);
+        return NULL;
+    }
+    const char *keys = one.buf, *others = other.buf;
+    Py_ssize_t size = one.len < other.len ? one.len : other.len, at = 0;
+    for (const Py_ssize_t stride = 128; at + stride <= size && memcmp(keys + at, others + at, stride) == 0;) at += stride;
+    while (at + 8 <= size && memcmp(keys + at, others + at, 8) == 0) at += 8;
+    PyBuffer_Release(&other);
+    PyBuffer_Release(&one);
+    return PyLong_FromSsize_t(at / 8);
+}
+
 static PyMethodDef methods[] = {
     {"text_keys", (PyCFunction)(void (*)(void))text_keys, METH_FASTCALL, "See _keys.pyi."},
+    {"alike", (PyCFunction)(void (*)(void))alike, METH_FASTCALL, "See _keys.pyi."},
     {"token_keys", (PyCFunction)(void (*)(void))token_keys, METH_FASTCALL, "See _keys.pyi."},
     {NULL, NULL, 0, NULL},
 };

@@ -1,5 +1,5 @@
-"""The compiled twins of the hashes in `keys.py`. Constants are bytes of native 64-bit words; all raise ValueError when
-one has too few."""
+"""The compiled twins of what `keys.py` does for every prompt. Constants are bytes of native 64-bit words; what takes them
+raises ValueError when one has too few."""
 
 from shm.hashtable.layout import Vector
 
@@ -21,3 +21,6 @@ def token_keys(
     block: int, start: int, places: bytes, keys: Vector, ids: Vector, wide: bytes, wide_high: bytes, /
 ) -> None:
     """The same for 64-bit token ids."""
+
+def alike(keys: Vector, others: Vector, /) -> int:
+    """How many leading keys are equal."""

@@ -6,12 +6,11 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from broker.config import Config
-from broker.prefix.keys import BLOCKS, Vector, namespace, text_keys, token_keys
+from broker.prefix.keys import BLOCKS, Vector, alike, namespace, text_keys, token_keys
 from broker.prefix.layout import PREFIX, run_layout
 from broker.prefix.match import Match
 from broker.types import RouteRequest
@@ -38,15 +37,17 @@ REPEAT_PART = 8
 given to others: what is in use must not look old."""
 
 
-class _Notice(NamedTuple):
-    number: int
-    first: int
-    """The first key."""
-    keys: Vector
-    slot: int
-    generation: int
-    told: int
-    """So many of the first keys need not be said."""
+class _Notice:
+    __slots__ = ("first", "generation", "keys", "number", "slot", "told")
+
+    def __init__(self, number: int, keys: Vector, slot: int, generation: int, told: int) -> None:
+        """`told`: so many of the first keys need not be said."""
+        self.number = number
+        self.first: int = keys.item(0)
+        self.keys = keys
+        self.slot = slot
+        self.generation = generation
+        self.told = told
 
 
 class Prompt:
@@ -187,15 +188,12 @@ class PrefixIndex:
             pending.popleft()
         if not pending or not len(keys):
             return []
-        alike = []
         first = keys.item(0)
-        for notice in pending:
-            if notice.first != first or self._generations[notice.slot] != notice.generation:
-                continue
-            shared = min(len(keys), len(notice.keys))
-            apart = (keys[:shared] != notice.keys[:shared]).nonzero()[0]
-            alike.append((notice.slot, int(apart[0]) if len(apart) else shared))
-        return alike
+        return [
+            (notice.slot, alike(keys, notice.keys))
+            for notice in pending
+            if notice.first == first and self._generations[notice.slot] == notice.generation
+        ]
 
     def note(self, request: RouteRequest, slot: int) -> None:
         """The request's prompt goes to `slot`: seen by this frontend at once, by the others when a batch has been
@@ -223,7 +221,7 @@ class PrefixIndex:
 
     def _note(self, keys: Vector, slot: int, told: int) -> None:
         self._number += 1
-        notice = _Notice(self._number, keys.item(0), keys, slot, self._generations[slot], told)
+        notice = _Notice(self._number, keys, slot, self._generations[slot], told)
         self._pending.append(notice)
         self._outbox.append(notice)
         self._outbox_keys += len(keys) - told

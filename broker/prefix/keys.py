@@ -39,6 +39,7 @@ Vector = NDArray[np.int64]
 Words = NDArray[np.uint64]
 Kind = Literal["text", "token"]
 
+_INT64 = np.dtype(np.int64)
 _S32 = np.uint64(32)
 _NEVER_ZERO = np.uint64(1 << 63)
 _ALL = (1 << 64) - 1
@@ -84,7 +85,7 @@ def text_keys(text: str, block: int, start: int, limit: int = BLOCKS) -> Vector:
     count = min(len(text) // block, limit)
     if compiled is None or not count:
         return _text_keys(text, block, start, count)
-    keys = np.empty(count, np.int64)
+    keys = np.empty(count, _INT64)
     places, narrow, narrow_high, wide, wide_high = _tables(block, _round(count))
     compiled.text_keys(block, start, places, keys, text, narrow, narrow_high, wide, wide_high)
     return keys
@@ -111,10 +112,20 @@ def token_keys(tokens: Sequence[int] | Vector, block: int, start: int, limit: in
     ids = np.asarray(tokens[: count * block], dtype=np.int64)
     if compiled is None:
         return _chain(_wide(ids.astype(np.uint32).reshape(count, block)), start)
-    keys = np.empty(count, np.int64)
+    keys = np.empty(count, _INT64)
     places, _, _, wide, wide_high = _tables(block, _round(count))
     compiled.token_keys(block, start, places, keys, ids, wide, wide_high)
     return keys
+
+
+def alike(keys: Vector, others: Vector) -> int:
+    """How many leading keys are equal."""
+    if compiled is not None:
+        count: int = compiled.alike(keys, others)
+        return count
+    shared = min(len(keys), len(others))
+    apart = (keys[:shared] != others[:shared]).nonzero()[0]
+    return int(apart[0]) if len(apart) else shared
 
 
 def _narrow(rows: NDArray[np.uint8]) -> Words:

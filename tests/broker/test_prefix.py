@@ -16,7 +16,7 @@ from broker.errors import WireError
 from broker.policies.prefix_cost import PrefixCost
 from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, create_prefix, prefix_layout
 from broker.prefix.index import BATCH_BYTES, OUTBOX_BYTES, PENDING
-from broker.prefix.keys import BLOCKS, compiled, namespace, text_keys, token_keys
+from broker.prefix.keys import BLOCKS, alike, compiled, namespace, text_keys, token_keys
 from broker.types import RouteRequest
 from broker.wire import RoutingNotices
 from shm.segment import Segment
@@ -167,6 +167,15 @@ def test_the_twins_make_the_same_keys_of_ids(ids: list[int], block: int, start: 
     with mock.patch("broker.prefix.keys.compiled", None):
         expected = token_keys(ids, block, start).tolist()
     assert token_keys(ids, block, start).tolist() == expected
+
+
+some_keys = st.lists(st.integers(-3, 3), max_size=70)
+
+
+@given(head=some_keys, one=some_keys, other=some_keys)
+def test_alike_are_leading_keys_up_to_the_first_that_differs(head: list[int], one: list[int], other: list[int]) -> None:
+    a, b = np.array(head + one, dtype=np.int64), np.array(head + other, dtype=np.int64)
+    assert alike(a, b) == common(a, b)
 
 
 def test_the_compiled_twin_reads_nothing_that_is_not_there(twin: str) -> None:
