@@ -17,6 +17,7 @@ every other column at rest. The scheduler rests its reuse of slots on that.
 from __future__ import annotations
 
 import os
+from array import array
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.config import Config
-from shm.cells import CounterRow, add, quick, settle
+from shm.cells import CounterRow, add, gauges, quick, settle
 from shm.segment import Block, Layout, Segment
 
 COUNTERS = "counters"
@@ -219,19 +220,11 @@ class FrontendCounters(CounterRow):
         add(self.totals, bucket, 1, rest, int(seconds * 1e6))
 
 
-_IN_FLIGHT = (
-    CounterColumn.FINISHED,
-    CounterColumn.STARTED,
-    CounterColumn.TOKENS_FINISHED,
-    CounterColumn.TOKENS_STARTED,
-    CounterColumn.FINISHED,
-)
-"""In the order of loading."""
-
-
 # numpy is slow to take an enum.
 _FINISHED: Final = int(CounterColumn.FINISHED)
 _STARTED: Final = int(CounterColumn.STARTED)
+_TOKENS_FINISHED: Final = int(CounterColumn.TOKENS_FINISHED)
+_TOKENS_STARTED: Final = int(CounterColumn.TOKENS_STARTED)
 
 
 class CountersReader:
@@ -242,6 +235,8 @@ class CountersReader:
         self._totals = segment.array("totals")
         self._roster = segment.array("roster")
         self._cells = segment.cells("cells")
+        used = memoryview(array("q", [self._slots.shape[2]]))  # all: only the table knows better
+        self._gauges = gauges(self._slots, self._cells[CountersCell.ROWS :], used)
 
     @property
     def rows(self) -> int:
@@ -251,17 +246,14 @@ class CountersReader:
     def in_flight(self, slot: int) -> tuple[int, int]:
         """Requests and prompt tokens in flight at `slot`, now; never negative.
 
-        Looks again, twice at most, when a request finished meanwhile: a process that is put to sleep between the
-        loads would count all that began until it woke up.
+        The smaller of two looks: a process that is put to sleep between the loads of one would count all that began
+        until it woke up.
         """
-        cells = self._slots[: self.rows, :, slot]
-        for _ in range(3):
-            finished, started, tokens_finished, tokens_started, again = (
-                int(np.add.reduce(cells[:, column])) for column in _IN_FLIGHT
-            )
-            if finished == again:
-                break
-        return started - finished, tokens_started - tokens_finished
+        one = self._gauges.one
+        return (
+            min(one(_FINISHED, _STARTED, slot), one(_FINISHED, _STARTED, slot)),
+            min(one(_TOKENS_FINISHED, _TOKENS_STARTED, slot), one(_TOKENS_FINISHED, _TOKENS_STARTED, slot)),
+        )
 
     def requests(self, slot: int) -> int:
         """Requests in flight at `slot`, now; cheaper than `in_flight`, for a few frontends."""
