@@ -1,4 +1,4 @@
-"""The compiled twins of what `keys.py` does for every prompt. Constants are bytes of native 64-bit words; what takes them
+"""The compiled twins of what `keys.py` does for every prompt. Constants are bytes of native 64-bit words; who takes any
 raises ValueError when one has too few."""
 
 from shm.hashtable.layout import Vector
