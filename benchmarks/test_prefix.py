@@ -19,7 +19,7 @@ import xxhash
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from broker.policies import Options, make_policy
-from broker.policies.base import Vector
+from broker.policies.base import FEW, Vector
 from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, prefix_layout
 from broker.prefix.keys import compiled, namespace, text_keys
 from broker.types import RouteRequest, Trust
@@ -38,11 +38,13 @@ class Loads:
     def __init__(self, n: int) -> None:
         rng = np.random.default_rng(1)
         self.slots: Vector = np.arange(n, dtype=np.int64)
+        self.listed = tuple(range(n))
         self.in_flight: Vector = rng.integers(0, 15, n)
         self.tokens: Vector = rng.integers(0, 20_000, n)
         self.waiting: Vector = np.zeros(n, dtype=np.int64)
         self.trust: Vector = np.full(n, int(Trust.EXACT), dtype=np.int64)
         self.load: Vector = self.in_flight
+        self.requests = tuple(self.in_flight.tolist()) if n <= FEW else self.in_flight
 
 
 def text(rng: Random, chars: int) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.routing.engine import Change, Engine, Job
-from broker.policies.base import Policy
+from broker.policies.base import FEW, Policy
 from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, prefix_layout
 from broker.types import RouteRequest, Trust
 from broker.wire import RoutingNotices
@@ -34,10 +34,15 @@ class Counters:
 
     def __init__(self, engines: int) -> None:
         self.slots: Vector = np.arange(engines, dtype=np.int64)
+        self.listed = tuple(range(engines))
         self.in_flight: Vector = np.zeros(engines, dtype=np.int64)
         self.tokens: Vector = np.zeros(engines, dtype=np.int64)
         self.waiting: Vector = np.full(engines, -1, dtype=np.int64)
         self.trust: Vector = np.full(engines, int(Trust.STALE), dtype=np.int64)
+
+    @property
+    def requests(self) -> tuple[int, ...] | Vector:
+        return tuple(self.in_flight.tolist()) if len(self.listed) <= FEW else self.in_flight
 
     @property
     def load(self) -> Vector:

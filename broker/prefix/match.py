@@ -49,8 +49,9 @@ class Match(msgspec.Struct, frozen=True, gc=False):
             known = int(np.searchsorted(where, len(at)))
             uses = np.zeros(len(blocks))
             uses[:known] = self.found.uses(where[:known])
-        for depth in self.pending:
-            uses[blocks < depth] += 1.0
+        if self.pending:
+            pending = np.sort(self.pending)
+            uses += len(pending) - pending.searchsorted(blocks, "right")
         return uses
 
     def cached(self, prompt_tokens: int) -> dict[int, int]:
