@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import signal
 
-from broker.candidates import Vector
+import numpy as np
+
 from broker.view import TableReader
 from frontend.__main__ import main
+from shm.cells import gauges
 
 COPIED = "decides by a copy from now on"
 
-_live = TableReader._live_windows
 _attach = TableReader.__init__
 _readers: list[TableReader] = []
-_copies: dict[int, tuple[Vector, ...]] = {}
 
 
 def attach(self: TableReader, *arguments: object, **named: object) -> None:
@@ -21,18 +21,15 @@ def attach(self: TableReader, *arguments: object, **named: object) -> None:
     _readers.append(self)
 
 
-def windows(self: TableReader) -> tuple[Vector, ...]:
-    return _copies.get(id(self)) or _live(self)
-
-
 def copy(*_: object) -> None:
     for reader in _readers:
-        _copies[id(reader)] = tuple(window.copy() for window in _live(reader))
+        copied = reader.counters._slots.copy()
+        rows, used = (memoryview(np.array([count])) for count in (reader.counters.rows, copied.shape[2]))
+        reader._gauges = gauges(copied, rows, used)
     print(COPIED, flush=True)
 
 
 if __name__ == "__main__":
     TableReader.__init__ = attach  # type: ignore[method-assign]  # in this process, for good
-    TableReader._live_windows = windows  # type: ignore[method-assign]
     signal.signal(signal.SIGUSR1, copy)
     main()
