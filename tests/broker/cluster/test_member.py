@@ -40,7 +40,7 @@ class Host:
     def __init__(self, path: Path, redis: RedisServer, name: str, machine: str = "one machine", **more: object) -> None:
         path.mkdir()
         self.run = Run(path)
-        self.run.reader._clock = time.monotonic_ns
+        self.run.reader.now_ns = time.monotonic_ns
         self.name = name
         self.waits: dict[Ident, Ticket] = {}
         self.grants: list[tuple[int, wire.RemoteLease, str, bytes]] = []
