@@ -35,8 +35,8 @@ class Port:
         *,
         rest_s: float = 0.0,
     ):
-        """`rest_s`: once something was heard, the socket is not looked at again for up to so long. All that rest as
-        long wake up together: what costs is that a process is woken, not what it then does."""
+        """`rest_s`: once something was heard, the socket is not looked at again for about so long at most. All that
+        rest as long wake up together: what costs is that a process is woken, not what it then does."""
         self._loop = loop
         self._socket = socket
         self._receive = receive
@@ -112,7 +112,8 @@ class Port:
         if heard:
             if not was_resting:
                 self._loop.remove_reader(self._fd)
-            until = (math.floor(self._loop.time() / self._rest_s) + 1) * self._rest_s
-            self._resting = self._loop.call_at(until, self.drain)
+            # The tenth: timers may come a millisecond early, and would be set for the same moment once more.
+            rests = math.floor(self._loop.time() / self._rest_s + 0.1) + 1
+            self._resting = self._loop.call_at(rests * self._rest_s, self.drain)
         elif was_resting:
             self._loop.add_reader(self._fd, self.drain)

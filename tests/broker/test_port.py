@@ -130,6 +130,21 @@ def test_rests_end_at_the_same_moments_for_all(site: Callable[[float], Site]) ->
     assert len(it.words()) == 3
 
 
+def test_a_timer_that_comes_too_early_is_not_set_for_the_same_moment_again(site: Callable[[float], Site]) -> None:
+    it = site(REST_S)
+    it.say(b"1")
+    it.loop.turn()
+    it.say(b"2")
+    timer = it.loop.timer
+    assert timer is not None
+    assert timer.call is not None
+    it.loop.now = timer.when - 0.001
+    timer.call()
+    assert it.loop.timer is not None
+    assert it.loop.timer.when == pytest.approx(timer.when + REST_S)
+    assert it.words() == [b"1", b"2"]
+
+
 def test_a_rest_in_which_nothing_was_said_is_the_last(site: Callable[[float], Site]) -> None:
     it = site(REST_S)
     it.say(b"1")
