@@ -21,8 +21,10 @@ MAX_MESSAGE_BYTES: Final = 128 * 1024 * 1024
 _MORE: Final = 1
 _LONG: Final = 2
 _COMMAND: Final = 4
-_SHORT_HEAD: Final = Struct(">BB")
+_BYTES: Final = [bytes((value,)) for value in range(256)]
 _LONG_HEAD: Final = Struct(">BQ")
+_LONG_HEADS: Final = [_LONG_HEAD.pack(_LONG | more, 0)[:-2] for more in (False, True)]
+"""But for the size's last two bytes."""
 _GREETING_BYTES: Final = 64
 _SIGNATURE: Final = b"\xff\0\0\0\0\0\0\0\0\x7f"
 _NULL: Final = b"NULL".ljust(20, b"\0")
@@ -39,7 +41,11 @@ def ready(identity: bytes) -> bytes:
 
 def head(size: int, *, more: bool = False) -> bytes:
     """What stands before the bytes of a frame; `more`: it is not the last one of its message."""
-    return _SHORT_HEAD.pack(more, size) if size < 256 else _LONG_HEAD.pack(_LONG | more, size)
+    if size < 256:
+        return _BYTES[more] + _BYTES[size]
+    if size < 65536:  # nearly every request, of which each takes two: a fourth of what `pack` does
+        return _LONG_HEADS[more] + _BYTES[size >> 8] + _BYTES[size & 255]
+    return _LONG_HEAD.pack(_LONG | more, size)
 
 
 class Reader:

@@ -51,6 +51,13 @@ def read(reader: zmtp.Reader, data: bytes) -> list[bytes | None]:
             found.append(message)
 
 
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 65_535, 65_536, zmtp.MAX_MESSAGE_BYTES])
+@pytest.mark.parametrize("more", [False, True])
+def test_heads_of_all_sizes(size: int, more: bool) -> None:
+    expected = bytes((more, size)) if size < 256 else bytes((2 | more,)) + size.to_bytes(8, "big")
+    assert zmtp.head(size, more=more) == expected
+
+
 @given(
     st.lists(st.one_of(st.binary(max_size=600), st.none(), st.just(b"PING")), max_size=8),
     st.lists(st.integers(1, 700), max_size=40),
