@@ -10,7 +10,8 @@ ARGS   ?=
 
 # Run over the sources and over the compiled build.
 PATH_TESTS := tests/contract/test_transports.py benchmarks/guard/test_hot_path.py tests/frontend/upstream \
-  $(addprefix tests/frontend/test_,admission.py conformance.py forward.py forward_machine.py known_heads.py lean.py process.py)
+  tests/broker/test_prefix.py tests/broker/policies/test_cache_aware.py $(addprefix tests/frontend/test_,\
+  admission.py conformance.py forward.py forward_machine.py known_heads.py lean.py lifting.py process.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install compiled run test check format bench bench-peers stress cluster-demo chaos e2e-vllm lock clean

@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ Vector = NDArray[np.int64]
 Words = NDArray[np.uint64]
 Kind = Literal["text", "token"]
 
-_INT64 = np.dtype(np.int64)
+_INT64: Final = np.dtype(np.int64)
 _S32 = np.uint64(32)
 _NEVER_ZERO = np.uint64(1 << 63)
 _ALL = (1 << 64) - 1
