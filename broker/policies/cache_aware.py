@@ -59,7 +59,7 @@ class CacheAware:
             elif load < fewest:
                 fewest = load
         if self._goes_by_load(request, view, loads, most, most - fewest):
-            return view.listed[least(view.tokens, self._rng)]
+            return view.listed[least(tuple(view.tokens.tolist()), self._rng)]
         prompt = self._index.prompt(request)
         depths = self._index.depths(prompt, view.listed)
         blocks = max(len(prompt.keys), 1)
@@ -78,8 +78,9 @@ class CacheAware:
         self.why = Why(scores, depths, prompt.blocks, loads, hits)
         first = scores.index(smallest)
         if scores.count(smallest) > 1:  # only then their tokens are added up
+            tokens: list[int] = view.tokens.tolist()
             best = [at for at, score in enumerate(scores) if score == smallest]
-            first = best[least(view.tokens.take(best), self._rng)]
+            first = best[least(tuple([tokens[at] for at in best]), self._rng)]
         return view.listed[first]
 
     def _of_many(self, request: RouteRequest, view: Loads, loads: Vector) -> int:
