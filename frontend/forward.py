@@ -84,7 +84,6 @@ _ENDED: Final = State.ENDED
 _DONE: Final = Outcome.DONE
 _FIRST_TOKEN: Final = Histogram.FIRST_TOKEN
 _DURATION: Final = Histogram.DURATION
-_NEXT: Final = b"\ndata:"
 
 
 class Forward:
@@ -293,7 +292,7 @@ class Forward:
             self._flow()
         self._touched = self._shared.clock()
         self._bytes += len(data)
-        self._events += _events(data)
+        self._events += data.count(b"data:")  # 60 ns; where tokens must be told before the engine says its usage
         self._tail, self._last = self._last, data
         if self._state is _FLOWING:  # the client's sink may have given up on hearing the status
             self._sink.write(data)
@@ -305,7 +304,7 @@ class Forward:
             return
         self._touched = self._shared.clock()
         self._bytes += size
-        self._events += _events(framed[-size - 2 : -2])
+        self._events += framed.count(b"data:")
         self._tail, self._last = self._last, framed
         self._sink.chunk(framed, size)
 
@@ -560,12 +559,3 @@ class Forward:
                 outcome=outcome,
                 reason=reason,
             )
-
-
-def _events(data: bytes) -> int:
-    """How many begin in a chunk of a stream: tokens must be told before the engine says its usage. The one that an
-    engine sends for a token is seen at half of what counting takes. (`in` would take twice as long, as an exception is
-    made and dropped in it: CPython 3.11 asks first whether a number is looked for.)"""
-    if data.startswith(b"data:") and not data.partition(_NEXT)[1]:
-        return 1
-    return data.count(b"data:")
