@@ -32,6 +32,7 @@ class Cost(NamedTuple):
 
 SOURCE = {
     "request": Cost(bytecodes=3.46, cpu=7.4),
+    "long request": Cost(bytecodes=5.22, cpu=11.5),
     "request with a new head": Cost(bytecodes=4.67, cpu=11.4),
     "event": Cost(bytecodes=0.166, cpu=0.21),
     "native request": Cost(bytecodes=4.27, cpu=8.9),
@@ -39,6 +40,7 @@ SOURCE = {
 }
 COMPILED = {
     "request": Cost(bytecodes=0.58, cpu=3.2),
+    "long request": Cost(bytecodes=0.31, cpu=4.4),
     "request with a new head": Cost(bytecodes=1.18, cpu=5.2),
     "event": Cost(bytecodes=0.018, cpu=0.104),
     "native request": Cost(bytecodes=0.66, cpu=3.8),
@@ -47,7 +49,8 @@ COMPILED = {
 """Its bytecodes are what is not compiled: the client's connection, the body, the log's handlers."""
 COSTS = COMPILED if is_compiled() else SOURCE
 """`request`: an unstreamed one, whose head and whose answer's are known. `event`: one more of a stream that is open.
-`native`: at an engine that is asked over ZeroMQ; an event is a whole step there, and making it is in the figure."""
+`long`: of 32 KiB under `cache_aware`, and one engine knows its prompt. `native`: at an engine that is asked over ZeroMQ; an
+event is a whole step there, and making it is in the figure."""
 BYTECODES_ROOM = 1.15
 """They repeat to the last one, so this is room for honest small changes only."""
 CPU_ROOM = 2.0
@@ -61,6 +64,17 @@ def _request(it: whole.Whole) -> Work:
 
     def ask() -> None:
         it.ask(data).data_received(whole.ANSWER)
+        assert it.heard().endswith(whole.ANSWER_BODY)
+
+    return ask
+
+
+def _long_request(it: whole.Whole) -> Work:
+    data = whole.request(whole.LONG)
+
+    def ask() -> None:
+        it.ask(data).data_received(whole.ANSWER)
+        it.deliver()
         assert it.heard().endswith(whole.ANSWER_BODY)
 
     return ask
@@ -115,6 +129,7 @@ def _native_event(it: whole.Whole) -> Work:
 
 WORKS: dict[str, Callable[[whole.Whole], Work]] = {
     "request": _request,
+    "long request": _long_request,
     "request with a new head": _request_with_a_new_head,
     "event": _event,
     "native request": _native_request,
@@ -125,7 +140,8 @@ WORKS: dict[str, Callable[[whole.Whole], Work]] = {
 @contextlib.contextmanager
 def work(what: str, path: Path) -> Iterator[Work]:
     """No fixture: pytest's own log handlers would come on top of the product's."""
-    with product_log(path), whole.frontend(path, native=what.startswith("native")) as it:
+    policy = "cache_aware" if what.startswith("long") else "round_robin"
+    with product_log(path), whole.frontend(path, policy, native=what.startswith("native")) as it:
         yield WORKS[what](it)
 
 

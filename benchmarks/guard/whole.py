@@ -18,6 +18,8 @@ import uvloop
 from uvicorn.server import ServerState
 
 from broker import batched, wire
+from broker.policies import need_index
+from broker.prefix import PrefixIndex, PrefixWriter, create_prefix, run_layout
 from broker.types import EngineKind, Instance, Role
 from frontend.admission import Admission
 from frontend.api import Inference
@@ -41,6 +43,8 @@ INCARNATION = bytes(range(16, 32))
 TEXT = b"some words " * 85
 STREAMED = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}],"stream":true}' % TEXT
 WHOLE = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}]}' % TEXT
+LONG = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}]}' % (TEXT * 35)
+"""32 KiB of prompt."""
 
 
 def request(body: bytes) -> bytes:
@@ -73,12 +77,10 @@ class Transport:
         self.write = self.sent.append
 
         self.protocol: Any = None
+        self.is_closing: Callable[[], bool] = bool  # asked for every write: as a real one's, it costs no bytecode
 
     def set_protocol(self, protocol: Any) -> None:
         self.protocol = protocol
-
-    def is_closing(self) -> bool:
-        return False
 
     def get_write_buffer_size(self) -> int:
         return 0
@@ -127,7 +129,13 @@ class Whole:
             self.run.writer.admit(instance, self.run.clock())
         self.counters = self.run.frontend(0)
         breaker = Breaker(config.upstream.breaker_failures, config.upstream.breaker_secs)
-        dispatcher = Dispatcher(self.run.reader, self.counters, make_policies(config, 0), breaker)
+        self._prefixes: tuple[PrefixIndex, PrefixWriter] | None = None
+        if need_index(config):
+            create_prefix(path, run_layout(config))
+            writer = PrefixWriter.attach(path, run_layout(config), dict.fromkeys(range(config.shm.slots), 1))
+            self._prefixes = PrefixIndex.of_run(path, config, 0), writer
+        prefixes = self._prefixes[0] if self._prefixes is not None else None
+        dispatcher = Dispatcher(self.run.reader, self.counters, make_policies(config, 0, prefixes), breaker)
         admission = Admission(config, self.run.reader, dispatcher, self.counters, 1, loop, lambda _: True)
 
         self._turns = Turns(loop)
@@ -191,6 +199,13 @@ class Whole:
                 transport.sent.clear()
                 return connection
         raise AssertionError(self.client.sent)
+
+    def deliver(self) -> None:
+        """What there is to tell of prompts, to the shared index."""
+        if self._prefixes is not None:
+            index, writer = self._prefixes
+            while notices := index.batch():
+                writer.apply(notices)
 
     def heard(self) -> bytes:
         """By the client, until the turn of the loop has ended."""
