@@ -49,8 +49,8 @@ COMPILED = {
 """Its bytecodes are what is not compiled: the client's connection, the body, the log's handlers."""
 COSTS = COMPILED if is_compiled() else SOURCE
 """`request`: an unstreamed one, whose head and whose answer's are known. `event`: one more of a stream that is open.
-`long`: of 32 KiB under `cache_aware`, and one engine knows its prompt. `native`: at an engine that is asked over ZeroMQ; an
-event is a whole step there, and making it is in the figure."""
+`long`: of 32 KiB under `cache_aware`, and one engine knows its prompt. `native`: at an engine that is asked over
+ZeroMQ; an event is a whole step there, and making it is in the figure."""
 BYTECODES_ROOM = 1.15
 """They repeat to the last one, so this is room for honest small changes only."""
 CPU_ROOM = 2.0
