@@ -6,7 +6,7 @@ from shm.cells import Cells as CellsLike
 from shm.cells import Vector
 
 class Cells:
-    """The int64 cells of a buffer, one at a time: what a `memoryview` of them does, in a fifth of the time. Loads
+    """The int64 cells of a buffer, one at a time: what a `memoryview` of them does, several times faster. Loads
     acquire, stores release. Raises ValueError for a buffer of anything else, and for any access once released."""
 
     def __init__(self, buffer: memoryview, /) -> None: ...
