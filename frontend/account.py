@@ -103,16 +103,16 @@ def _ms(seconds: float) -> str:
 def _completion_tokens(chunks: tuple[bytes, ...]) -> str:
     """Where the engine said them at the end of its answer."""
     for chunk in chunks:
-        at = chunk.rfind(_USAGE, -_USAGE_WITHIN)
-        if at >= 0 and (digits := _number(chunk, at + len(_USAGE))):
+        found = chunk[-_USAGE_WITHIN:].rpartition(_USAGE)  # `rfind` takes twice as long to understand its arguments
+        if found[1] and (digits := _number(found[2])):
             return digits
     return "-"
 
 
-def _number(data: bytes, at: int) -> str:
-    """The digits of the number behind a colon; nothing, if that is not what is there. (By hand, as it is compiled: a
+def _number(data: bytes) -> str:
+    """The digits of a number behind a colon; nothing, if that is not what is there. (By hand, as it is compiled: a
     regular expression and its match took three times as long.)"""
-    size = len(data)
+    at, size = 0, len(data)
     while at < size and data[at] in _BLANKS:
         at += 1
     if at == size or data[at] != _COLON:

@@ -28,11 +28,11 @@ def test_tokens_are_those_that_the_engine_said_last(chunks: tuple[bytes, ...], t
     assert _completion_tokens(chunks) == tokens
 
 
-@given(st.binary(max_size=4), st.text(" \t\r\n:0129a", max_size=20))
-def test_a_number_is_read_as_a_regular_expression_would(before: bytes, text: str) -> None:
-    data = before + text.encode()
-    found = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(\d{1,12})").match(data, len(before))
-    assert _number(data, len(before)) == (found[1].decode() if found else "")
+@given(st.text(" \t\r\n:0129a", max_size=20))
+def test_a_number_is_read_as_a_regular_expression_would(text: str) -> None:
+    data = text.encode()
+    found = re.match(rb"[ \t\r\n]*:[ \t\r\n]*(\d{1,12})", data)
+    assert _number(data) == (found[1].decode() if found else "")
 
 
 def test_what_clients_say_cannot_forge_a_line_and_queries_are_left_out() -> None:
