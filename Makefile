@@ -10,9 +10,9 @@ ARGS   ?=
 
 # Run over the sources and over the compiled build.
 PATH_TESTS := tests/contract/test_transports.py benchmarks/guard/test_hot_path.py tests/frontend/upstream \
-  $(addprefix tests/broker/,scheduler/test_inbox.py test_counters.py test_port.py test_table.py) \
+  $(addprefix tests/broker/,scheduler/test_inbox.py test_lines.py test_counters.py test_port.py test_table.py) \
   tests/broker/test_prefix.py tests/broker/policies/test_cache_aware.py $(addprefix tests/frontend/test_,\
-  admission.py conformance.py forward.py forward_machine.py known_heads.py lean.py lifting.py process.py)
+  account.py admission.py client.py conformance.py forward.py forward_machine.py known_heads.py lean.py lifting.py process.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install compiled run test check format bench bench-peers stress cluster-demo chaos e2e-vllm lock clean
