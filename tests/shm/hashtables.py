@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,22 @@ ARRAYS = ("_sequence", "_keys", "_members", "_uses", "_pool")
 Vector = NDArray[np.int64]
 
 
+_made: dict[Path, Segment] = {}
+
+
 def segment(path: Path, capacity: int = 1024, pool: int = 64, members: int = MEMBERS) -> Segment:
+    """A new one. What was made at this path before is closed: hundreds of examples must not hold hundreds of files."""
+    if path in _made:
+        _made.pop(path).close()
     path.unlink(missing_ok=True)
-    return Segment.create(path, Layout("table", 1, blocks(capacity, members, pool)))
+    made = _made[path] = Segment.create(path, Layout("table", 1, blocks(capacity, members, pool)))
+    return made
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Segment:
-    return segment(tmp_path / "table")
+def shared(tmp_path: Path) -> Iterator[Segment]:
+    yield segment(tmp_path / "table")
+    _made.pop(tmp_path / "table").close()
 
 
 def keys(*numbers: int) -> Vector:
