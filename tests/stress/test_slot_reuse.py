@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import MethodType
 
 import pytest
 
@@ -199,7 +199,7 @@ def test_the_fence_of_a_take_is_what_the_scheduler_sees_it_by(
         buffer = StoreBuffer(counters.cells)
         counters.cells = buffer  # type: ignore[assignment]  # as far as take uses it
         # The frontend's fence only: the scheduler's drains another core's buffer.
-        monkeypatch.setattr(lease_module, "fence", SimpleNamespace(full=buffer.drain if fenced else lambda: None))
+        monkeypatch.setattr(lease_module, "full", buffer.drain if fenced else lambda: None)
         reader = run.reader
         is_open = reader.is_open
 
