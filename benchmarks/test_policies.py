@@ -72,13 +72,13 @@ def test_policy(benchmark: BenchmarkFixture, reader: TableReader, n: int, name: 
     policy = make_policy(name, Options(waiting_weight=2.0), frontend_rng(0, 0), 0.0)
 
     def pick() -> int:
-        return policy.pick(REQUEST, View(reader, candidates, now_ns))
+        return policy.pick(REQUEST, View(reader, candidates))
 
     def decide() -> int:
         return policy.pick(REQUEST, view_of(reader))
 
     view = view_of(reader)
-    candidates, now_ns = view._candidates, view._now_ns
+    candidates = view._candidates
     assert benchmark(pick if part == "pick" else decide) in view.slots
 
 
