@@ -123,7 +123,7 @@ class Lending:
         if room < UNLIMITED:
             return min(room, MOST_ROOM)
         # Nobody knows how much it takes, nor how full it is: what is idle can take one.
-        busy = self._table.counters.requests(slot) + self._cell(QueueColumn.RESERVED, slot)
+        busy = self._table.live_at(slot) + self._cell(QueueColumn.RESERVED, slot)
         return 0 if busy or self._cell(QueueColumn.LENT, slot) else 1
 
     def instance(self, slot: int) -> Instance:

@@ -191,7 +191,7 @@ def test_a_leg_that_fits_no_partner_is_given_back_for_one_that_does(tmp_path: Pa
     lease.close()
     scene.grant(ticket, "http://d9:80")
     assert [call.instance.url for call in scene.http.calls] == [P0, D0]
-    assert scene.run.reader.counters.requests(scene.slots["http://d9:80"]) == 0
+    assert scene.run.reader.live_at(scene.slots["http://d9:80"]) == 0
     scene.close()
 
 
