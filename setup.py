@@ -31,6 +31,7 @@ REQUEST_PATH = (
     "broker/table_writer.py",
     "broker/vectors.py",
     "broker/view.py",
+    "broker/zmtp.py",
     "broker/policies/draw.py",
     "broker/policies/cache_aware.py",
     "broker/policies/request_num.py",
@@ -65,7 +66,6 @@ REQUEST_PATH = (
     "frontend/upstream/zmq_call.py",
     "frontend/upstream/zmq_peers.py",
     "frontend/upstream/zmq_request.py",
-    "frontend/upstream/zmtp.py",
 )
 """Plain classes, protocols, enums and functions. What inherits from a class that is not compiled lives elsewhere: with
 a `msgspec.Struct` nothing is gained, and msgspec cannot read what mypyc makes of annotations; an object whose base has

@@ -21,6 +21,7 @@ from broker import batched, wire
 from broker.policies import need_index
 from broker.prefix import PrefixIndex, PrefixWriter, create_prefix, run_layout
 from broker.types import EngineKind, Instance, Role
+from broker.zmtp import GREETING, head, ready
 from frontend.admission import Admission
 from frontend.api import Inference
 from frontend.breaker import Breaker
@@ -35,7 +36,6 @@ from frontend.upstream.http_connection import Connection as EngineConnection
 from frontend.upstream.http_pool import Pool
 from frontend.upstream.zmq import ZmqUpstream
 from frontend.upstream.zmq_peers import Peer
-from frontend.upstream.zmtp import GREETING, head, ready
 from tests.support.table import Run
 
 INSTANCES = 4

@@ -4,9 +4,8 @@ open -> DataHello (first use), Request + body      sent at the end of the turn
 bytes -> messages, a batch -> Step -> calls        and at its end one write per client
 
 zmq.py            this: what is said and heard
-zmq_peers.py      the connections
+zmq_peers.py      the connections, in ZeroMQ's protocol (broker/zmtp.py)
 zmq_address.py    where they lead
-zmtp.py           ZeroMQ's protocol on them                                pure
 zmq_request.py    what a request is on the wire                            pure
 zmq_call.py       one request at one engine                                pure
 zmq_errors.py     what engines say of their errors                         pure
@@ -33,12 +32,12 @@ from broker.errors import (
     WireError,
 )
 from broker.types import Instance
+from broker.zmtp import MAX_MESSAGE_BYTES
 from frontend.outbox import Outbox
 from frontend.upstream.base import AnswerHead, Call, Sink, UpstreamRequest
 from frontend.upstream.zmq_call import JSON, ZmqCall
 from frontend.upstream.zmq_peers import Peer, Peers
 from frontend.upstream.zmq_request import encoded
-from frontend.upstream.zmtp import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 

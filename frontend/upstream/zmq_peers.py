@@ -3,9 +3,10 @@
 A connection is a life: it is made once, under a name of its own, and never silently made again, because what was sent
 or on its way when it broke is lost, and a request lost without a word would wait for ever.
 
-They are sockets of the event loop that speak ZeroMQ's own protocol (zmtp.py). libzmq's I/O thread is woken for every
-message that finds it at rest, and takes the core from us; every look at its socket is a system call or two: a third of
-an unstreamed request. Here the requests of one turn are one write, and what an engine has said meanwhile is one read.
+They are sockets of the event loop that speak ZeroMQ's own protocol (broker/zmtp.py). libzmq's I/O thread is woken for
+every message that finds it at rest, and takes the core from us; every look at its socket is a system call or two: a
+third of an unstreamed request. Here the requests of one turn are one write, and what an engine has said meanwhile is
+one read.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import asyncio
 import secrets
 from typing import Final, Protocol, cast
 
-from broker import wire
+from broker import wire, zmtp
 from broker.errors import ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
 from broker.types import Instance
-from frontend.upstream import zmtp
 from frontend.upstream.zmq_address import Address
 from frontend.upstream.zmq_request import opening
 

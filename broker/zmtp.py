@@ -6,7 +6,7 @@
 
     frame:  flags (MORE = 1, LONG = 2, COMMAND = 4) | size: 1 byte, or 8 if LONG | bytes
 
-https://rfc.zeromq.org/spec/23 and 37. Why this and not libzmq: zmq_peers.py.
+https://rfc.zeromq.org/spec/23 and 37. Why this and not libzmq: frontend/upstream/zmq_peers.py.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker import zmtp
 from broker.config import Config, Timeouts
 from broker.errors import ConnectFailed, UpstreamBroken, WireError
 from broker.types import EngineKind, Instance
-from frontend.upstream import zmtp
 from frontend.upstream.base import UpstreamRequest
 from frontend.upstream.zmq import ZmqUpstream
 from frontend.upstream.zmq_address import Address
