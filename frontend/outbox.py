@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from frontend.sending import NONE, descriptor, send
+
 MOST: Final = 64
 """Writes kept at once: those that came first do not wait for hundreds of others."""
 
@@ -23,16 +25,18 @@ class Outbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._kept: list[tuple[Outlet, bytes]] = []
+        self._outlets: list[Outlet] = []
+        self._data: list[bytes] = []  # what each has to write
         self._written = 0  # of those kept; when all are, none is kept (a deque's methods take three times as long)
         self._is_due = False
 
     def __repr__(self) -> str:
-        return f"<Outbox {len(self._kept) - self._written} to write>"
+        return f"<Outbox {len(self._outlets) - self._written} to write>"
 
     def put(self, outlet: Outlet, data: bytes) -> None:
-        self._kept.append((outlet, data))
-        if len(self._kept) - self._written >= MOST:
+        self._outlets.append(outlet)
+        self._data.append(data)
+        if len(self._outlets) - self._written >= MOST:
             self.flush()
         elif not self._is_due:
             self._is_due = True
@@ -40,17 +44,16 @@ class Outbox:
 
     def flush(self) -> None:
         """Writes now. A write may call back, and that put more or flush: the order stays."""
-        kept = self._kept
+        outlets, data = self._outlets, self._data
         try:
-            while self._written < len(kept):
-                outlet, data = kept[self._written]
-                self._written += 1
-                outlet.held -= 1
-                if not outlet.transport.is_closing():
-                    outlet.transport.write(data)
+            while self._written < len(outlets):
+                at = self._written
+                self._written = at + 1
+                outlets[at].send(data[at])
         finally:  # one that fails must not keep the others' bytes back
-            if self._written == len(kept):
-                kept.clear()
+            if self._written == len(outlets):
+                outlets.clear()
+                data.clear()
                 self._written = 0
             elif not self._is_due:
                 self._is_due = True
@@ -69,8 +72,22 @@ class Outlet:
         self.held = 0
         """Writes that are kept."""
         self._outbox = outbox
+        self._socket = descriptor(transport)
 
     def write(self, data: bytes) -> None:
         """At the end of the turn; nothing, if the connection has ended by then."""
         self.held += 1
         self._outbox.put(self, data)
+
+    def send(self, data: bytes) -> None:
+        """The outbox's: now."""
+        transport = self.transport
+        self.held -= 1
+        if transport.is_closing():
+            return
+        if send is not None and self._socket != NONE and not transport.get_write_buffer_size():
+            sent = send(self._socket, data)
+            if sent == len(data):
+                return
+            data = data[sent:]
+        transport.write(data)

@@ -27,6 +27,9 @@ class Wire:
     def is_closing(self) -> bool:
         return self.closing
 
+    def get_extra_info(self, name: str) -> None:
+        """It has no socket."""
+
 
 class Turn:
     """In the place of a loop."""

@@ -45,6 +45,9 @@ class Transport:
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
 
+    def get_extra_info(self, name: str) -> None:
+        """It has no socket."""
+
     def get_write_buffer_size(self) -> int:
         return self.unsent
 
