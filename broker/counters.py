@@ -243,10 +243,6 @@ class CountersReader:
         count: int = self._cells[CountersCell.ROWS]
         return count
 
-    def window(self, column: CounterColumn, rows: int, slots: int) -> NDArray[np.int64]:
-        """The live cells of `column` of the first `rows` frontends and `slots` slots. Read-only."""
-        return self._slots[:rows, column, :slots]
-
     def in_flight(self, slot: int) -> tuple[int, int]:
         """Requests and prompt tokens in flight at `slot`, now; never negative.
 
