@@ -58,6 +58,7 @@ REQUEST_PATH = (
     "frontend/request_head.py",
     "frontend/sending.py",
     "frontend/texts.py",
+    "frontend/upstream/base.py",
     "frontend/upstream/http.py",
     "frontend/upstream/http_chunk.py",
     "frontend/upstream/http_connection.py",

@@ -27,8 +27,6 @@ from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
 from broker.engines.pd import Asked, Leg, given_back
 from broker.errors import GivenBack, PenstockError, UpstreamBroken, UpstreamTimeout
 from broker.lease import Lease
@@ -351,11 +349,9 @@ class PairCall:
     # -- within --------------------------------------------------------------------------------------------
 
     def _open(self, instance: Instance, leg: Leg, sink: Sink) -> Call:
-        request = msgspec.structs.replace(
-            self._request,
-            body=leg.body,
-            headers=leg.headers_of(self._request.headers),
-            forms=None,
+        request = self._request.leg(
+            leg.body,
+            leg.headers_of(self._request.headers),
             stream=self._request.stream if leg.stream is None else leg.stream,
             transfer=leg.transfer,
         )

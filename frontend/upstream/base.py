@@ -14,9 +14,7 @@ Rules, tested for every transport in tests/contract:
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import msgspec
+from typing import Final, Protocol
 
 from broker.errors import PenstockError
 from broker.types import Instance
@@ -40,44 +38,75 @@ HOP_BY_HOP = frozenset(
 """Headers that belong to one connection (RFC 9110, 7.6.1) and are never passed on."""
 
 
-class Forms(msgspec.Struct):
+class Forms:
     """What transports have made of a path and headers, for the next request that differs in body and name alone."""
 
-    http: tuple[bytes, bytes] | None = None
-    """The request line and the beginning of the Host line; the headers, each after its line break."""
-    native: tuple[bytes, bytes] | None = None
-    """Path and headers in msgpack (`zmq_request.py`)."""
+    def __init__(self) -> None:
+        self.http: tuple[bytes, bytes] | None = None
+        """The request line and the beginning of the Host line; the headers, each after its line break."""
+        self.native: tuple[bytes, bytes] | None = None
+        """Path and headers in msgpack (`zmq_request.py`)."""
 
 
-class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What is sent to an instance, whatever the transport."""
+class UpstreamRequest:
+    """What is sent to an instance, whatever the transport. It does not change."""
 
-    path: str
-    """Path and query as the client asked for, for example `/v1/chat/completions`."""
-    headers: Headers
-    """End-to-end headers of the client; neither hop-by-hop ones nor Host nor Content-Length."""
-    body: bytes
-    forms: Forms | None = None
-    """Of the path and the headers but the last, `x-request-id`, if the request has an `ident`. None: nobody else has
-    the same ones; so whoever replaces either takes the forms away."""
-    ident: bytes = b""
-    """The request's name, harmless in a header. Nothing: engines are not told one."""
-    method: str = "POST"
-    """Native engines are asked by POST alone and are not told."""
-    stream: bool = False
-    transfer: bytes = b""
-    """The peer's transfer metadata in prefill/decode pairs, for native engines."""
-    request_id: str = ""
-    """With pairs: what FastDeploy's engines call the request, the client's own word or a new one."""
+    def __init__(
+        self,
+        *,
+        path: str,
+        headers: Headers,
+        body: bytes,
+        forms: Forms | None = None,
+        ident: bytes = b"",
+        method: str = "POST",
+        stream: bool = False,
+        transfer: bytes = b"",
+        request_id: str = "",
+    ) -> None:
+        self.path: Final = path
+        """Path and query as the client asked for, for example `/v1/chat/completions`."""
+        self.headers: Final = headers
+        """End-to-end headers of the client; neither hop-by-hop ones nor Host nor Content-Length."""
+        self.body: Final = body
+        self.forms: Final = forms
+        """Of the path and the headers but the last, `x-request-id`, if the request has an `ident`. None: nobody else
+        has the same ones; so whoever replaces either takes the forms away."""
+        self.ident: Final = ident
+        """The request's name, harmless in a header. Nothing: engines are not told one."""
+        self.method: Final = method
+        """Native engines are asked by POST alone and are not told."""
+        self.stream: Final = stream
+        self.transfer: Final = transfer
+        """The peer's transfer metadata in prefill/decode pairs, for native engines."""
+        self.request_id: Final = request_id
+        """With pairs: what FastDeploy's engines call the request, the client's own word or a new one."""
+
+    def __repr__(self) -> str:
+        return f"<UpstreamRequest {self.method} {self.path}, {len(self.body)} bytes>"
+
+    def leg(self, body: bytes, headers: Headers, *, stream: bool, transfer: bytes) -> UpstreamRequest:
+        """What one instance of a pair is sent of it."""
+        return UpstreamRequest(
+            path=self.path,
+            headers=headers,
+            body=body,
+            ident=self.ident,
+            method=self.method,
+            stream=stream,
+            transfer=transfer,
+            request_id=self.request_id,
+        )
 
 
-class AnswerHead(msgspec.Struct, eq=False):
+class AnswerHead:
     """Of an answer with the status 200 and a Content-Length; good for every other that differs in the length alone."""
 
-    headers: Headers
-    """End-to-end ones; the length is that of the answer that was seen first."""
-    lines: tuple[bytes, bytes] | None = None
-    """What was made of it for clients: the lines up to the length, and behind it. Kept here by who writes them."""
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+        """End-to-end ones; the length is that of the answer that was seen first."""
+        self.lines: tuple[bytes, bytes] | None = None
+        """What was made of it for clients: the lines up to the length, and behind it. Kept here by who writes them."""
 
     def fitting(self, data: bytes) -> Headers:
         """The headers of the answer whose body is `data`."""
