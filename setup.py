@@ -43,6 +43,7 @@ REQUEST_PATH = (
     "frontend/account.py",
     "frontend/admission.py",
     "frontend/api.py",
+    "frontend/body.py",
     "frontend/breaker.py",
     "frontend/client.py",
     "frontend/dispatch.py",

@@ -53,6 +53,7 @@ class Lines:
         self._levels: dict[int, bool] = self._logger._cache  # type: ignore[attr-defined]  # the rest of it is a call
         """What `isEnabledFor` looks at first: emptied, in place, whenever a level changes."""
         self._root = logging.root
+        self._clock = time.time
         self._handlers: list[logging.Handler] = []
         self._pending: list[Pending] | None = []
         """Of those handlers, that want lines of this level; None: one of them keeps none."""
@@ -71,7 +72,7 @@ class Lines:
                 if not pending.takes_lines:
                     break
             else:
-                line = Line(time.time(), self._name, text)
+                line = Line(self._clock(), self._name, text)
                 for pending in self._pending:
                     pending.add(line)
                 return

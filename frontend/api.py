@@ -97,16 +97,15 @@ class Inference:
         story: Story | None = None
         if head.is_read:
             read = self._parse(data)
-            model, stream = read.model, bool(read.stream)
+            model, stream, session, tools, text, tokens = body.gist(read, self._estimate)
             if model is not None and len(model) > MOST_NAME:
                 raise BadRequest(f"'model' is longer than {MOST_NAME} characters", param="model")
             if model is not None and (meant := self._aliases.get(model)) is not None:
                 model = meant
                 data = replace_member(data, "model", msgspec.json.encode(meant))
-            text, tokens = read.text(self._estimate)
             ids: Sequence[int] = ()
-            if (tools := read.tools_text()) and tokens:
-                tokens += self._estimate([tools], 0).tokens
+            if tools and tokens:
+                tokens += self._estimate([tools], 0)[1]
             if not self._looks:
                 text = ""  # not kept for nobody
             elif text:
@@ -117,7 +116,7 @@ class Inference:
                 tags = (("trace_id", head.trace()), *read.tags(), ("request_id", name))
                 story = self._stories.begin("POST", head.target, client, tags)
                 story.parsed(stream=stream)
-            session = read.session() or head.session
+            session = session or head.session
             route = RouteRequest(model=model, session=session, prompt=text, prompt_ids=ids, prompt_tokens=tokens)
         else:
             route = RouteRequest(session=head.session)

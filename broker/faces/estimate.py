@@ -17,7 +17,7 @@ def estimate(texts: list[str], ids: int) -> Estimate:
     else:
         text = "\n".join(texts)
         size = _utf8_bytes(text) - max(0, len(texts) - 1)
-    return Estimate(text, ids - (-size // BYTES_PER_TOKEN))
+    return text, ids - (-size // BYTES_PER_TOKEN)
 
 
 def _utf8_bytes(text: str) -> int:

@@ -64,7 +64,7 @@ def _listed(failure: PenstockError, table: Collection[type[PenstockError]]) -> t
 def estimate(texts: list[str], ids: int) -> Estimate:
     """Pieces trimmed, the empty ones dropped, the others joined by one space."""
     text = " ".join(filter(None, map(str.strip, texts)))
-    return Estimate(text, TOKENS_PER_CHARACTER * len(text) + TOKENS_PER_ID * ids)
+    return text, TOKENS_PER_CHARACTER * len(text) + TOKENS_PER_ID * ids
 
 
 ERRORS: dict[type[PenstockError], tuple[int | None, str]] = {

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import BadRequest
-from broker.faces import FD_ROUTER
+from broker.faces import FD_ROUTER, PENSTOCK
 from frontend import body
+from frontend.members import Body
 
 
-def read(tree: Any) -> body.Body:
+def read(tree: Any) -> Body:
     return body.parse(json.dumps(tree).encode())
 
 
@@ -96,7 +97,7 @@ def test_text_is_what_fastdeploys_router_takes_for_it(tree: Any, text: str, toke
 
 def test_what_is_no_utf_8_is_the_engines_business_where_the_original_left_it_to_them() -> None:
     read = body.parse_freely(b'{"prompt": "a\xff", "stream": true}')
-    assert (read.text().text, read.stream) == ("a\ufffd", True)
+    assert (read.text()[0], read.stream) == ("a\ufffd", True)
 
 
 def test_a_cut_emoji_does_not_stop_a_request() -> None:
@@ -126,6 +127,24 @@ def test_any_shape_of_the_rest_is_tolerated(tree: dict[str, Any]) -> None:
     assert all(isinstance(token, int) for token in read(tree).token_ids())
 
 
+messages = st.fixed_dictionaries({}, optional={"content": json_values, "text": json_values})
+chats = st.fixed_dictionaries(
+    {"messages": st.none() | st.lists(messages, max_size=3)},
+    optional={
+        "model": st.none() | st.text(),
+        "stream": st.none() | st.booleans(),
+        **dict.fromkeys(("prompt", "input", "session_id", "tools"), json_values),
+    },
+)
+
+
+@given(chats | st.dictionaries(st.sampled_from(("messages", "prompt", "session_id", "tools")), json_values))
+def test_the_gist_of_a_body_is_what_it_says_of_itself(tree: dict[str, Any]) -> None:
+    read = body.parse(json.dumps(tree).encode())
+    said = read.model, bool(read.stream), read.session(), read.tools_text(), *read.text()
+    assert body.gist(read, PENSTOCK.estimate) == said
+
+
 @given(st.binary(max_size=64) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_whatever_comes_is_read_or_refused(data: bytes) -> None:
     try:
@@ -142,7 +161,7 @@ def test_whatever_comes_is_read_or_refused(data: bytes) -> None:
 def test_text_is_not_looked_for_deeper_than_any_known_shape(shape: str, depth: int) -> None:
     data = (shape % ("[" * depth + '"x"' + "]" * depth)).encode()
     for parsed in (body.parse(data), body.parse_freely(data)):
-        assert parsed.text().text == ""
+        assert parsed.text()[0] == ""
 
 
 def test_deep_nesting_is_refused_not_a_crash() -> None:
@@ -181,7 +200,7 @@ def test_a_body_of_very_many_values_is_skimmed(member: str) -> None:
         finally:
             tracemalloc.stop()
         assert (parsed.model, parsed.stream, parsed.session(), parsed.token_ids()) == ("m", True, None, ())
-        assert (parsed.text().tokens > 100_000) is (member in ("messages", "prompt", "input"))
+        assert (parsed.text()[1] > 100_000) is (member in ("messages", "prompt", "input"))
 
 
 def test_what_is_wrong_with_a_crowded_body_is_said() -> None:
