@@ -8,11 +8,12 @@ without that a message that arrived during a send would lie unread until the nex
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable
 from typing import Final
 
 import zmq
+
+from broker.lookout import Lookout
 
 DRAIN = 256
 """Messages handled before other callbacks of the loop get their turn."""
@@ -35,17 +36,13 @@ class Port:
         *,
         rest_s: float = 0.0,
     ):
-        """`rest_s`: once something was heard, the socket is not looked at again for about so long at most. All that
-        rest as long wake up together: what costs is that a process is woken, not what it then does."""
+        """`rest_s`: as of a `Lookout`."""
         self._loop = loop
         self._socket = socket
         self._receive = receive
-        self._rest_s = rest_s
-        self._resting: asyncio.TimerHandle | None = None
-        self._fd = socket.fileno()
         self._woken = False
         self._closed = False
-        loop.add_reader(self._fd, self.drain)
+        self._lookout = Lookout(loop, socket.fileno(), self.drain, rest_s)
         self._wake()
 
     def send(self, frames: Frames) -> None:
@@ -73,16 +70,14 @@ class Port:
         finally:
             if more:
                 self._wake()
-            elif self._rest_s:
-                self._rest(heard)
+            else:
+                self._lookout.rest(heard)
 
     def close(self, linger_ms: int = 0) -> None:
         """Idempotent. `linger_ms`: how long unsent messages may still leave in the background."""
         if not self._closed:
             self._closed = True
-            if self._resting is not None:
-                self._resting.cancel()
-            self._loop.remove_reader(self._fd)
+            self._lookout.close()
             self._socket.close(linger=linger_ms)
 
     def _is_readable(self) -> bool:
@@ -102,18 +97,3 @@ class Port:
         if not self._woken and not self._closed:
             self._woken = True
             self._loop.call_soon(self.drain)
-
-    def _rest(self, heard: bool) -> None:
-        """After a drain: sleeps while there is something to hear each time; else the next message wakes us."""
-        was_resting = self._resting is not None
-        if self._resting is not None:
-            self._resting.cancel()
-            self._resting = None
-        if heard:
-            if not was_resting:
-                self._loop.remove_reader(self._fd)
-            # The tenth: timers may come a millisecond early, and would be set for the same moment once more.
-            rests = math.floor(self._loop.time() / self._rest_s + 0.1) + 1
-            self._resting = self._loop.call_at(rests * self._rest_s, self.drain)
-        elif was_resting:
-            self._loop.add_reader(self._fd, self.drain)

@@ -1,12 +1,14 @@
-"""ZMTP 3, the protocol of ZeroMQ on the wire, for a peer that connects to a ROUTER. Pure: bytes in, messages out.
+"""ZMTP 3, the protocol of ZeroMQ on the wire, as far as it is spoken here without libzmq. Pure: bytes in, messages out.
 
     <---> greeting                          64 bytes, each side at once
     <---> READY: kind of socket, identity   the mechanism is NULL
+    ----> subscription                      by a SUB
     <---> message, message, ...             one or more frames each; a PING among them is answered by a PONG
 
     frame:  flags (MORE = 1, LONG = 2, COMMAND = 4) | size: 1 byte, or 8 if LONG | bytes
 
-https://rfc.zeromq.org/spec/23 and 37. Why this and not libzmq: frontend/upstream/zmq_peers.py.
+https://rfc.zeromq.org/spec/23 and 37. Why this and not libzmq: frontend/upstream/zmq_peers.py,
+broker/scheduler/subscriber.py.
 """
 
 from __future__ import annotations
@@ -32,11 +34,16 @@ GREETING: Final = _SIGNATURE + b"\3\1" + _NULL + bytes(32)
 """Version 3.1, and: we are no server of the mechanism."""
 
 
-def ready(identity: bytes) -> bytes:
-    """What follows the greeting; `identity` is what the ROUTER will call us."""
-    properties = ((b"Socket-Type", b"DEALER"), (b"Identity", identity))
+def ready(identity: bytes, kind: bytes = b"DEALER") -> bytes:
+    """What follows the greeting; `identity` is what a ROUTER will call us."""
+    properties = ((b"Socket-Type", kind), (b"Identity", identity))
     body = b"".join([bytes((len(k),)) + k + len(v).to_bytes(4, "big") + v for k, v in properties])
     return _command(b"READY", body)
+
+
+def subscription(topic: bytes) -> bytes:
+    """A SUB's first message: what begins with `topic` is wanted."""
+    return head(1 + len(topic)) + b"\1" + topic
 
 
 def head(size: int, *, more: bool = False) -> bytes:
@@ -49,16 +56,20 @@ def head(size: int, *, more: bool = False) -> bytes:
 
 
 class Reader:
-    """What the other side says. `feed`, then `next` until it has no more; both raise `UpstreamBroken` when there is
-    nothing to be hoped for from this connection."""
+    """What the other side says. `feed`, then `next` or `parts` until it has no more; all of them raise `UpstreamBroken`
+    when there is nothing to be hoped for from this connection."""
 
-    __slots__ = ("_at", "_data", "_held", "_in_message", "_missing", "_state", "replies")
+    __slots__ = ("_at", "_data", "_held", "_is_first", "_limit", "_missing", "_more", "_parts", "_state", "replies")
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_MESSAGE_BYTES) -> None:
+        """`limit`: bytes of a frame."""
         self.replies: list[bytes] = []
         """To be sent by whoever owns the connection, who clears them."""
+        self._limit = limit
         self._state = 0  # what is awaited: 0 greeting, 1 READY, 2 messages
-        self._in_message = False
+        self._more = False  # of the last frame
+        self._is_first = True  # the next frame, of its message
+        self._parts: list[bytes] = []  # of a message whose last frame has not come
         self._data = b""
         self._at = 0
         self._held: list[bytes] = []  # the pieces of what is not whole yet: joined once, however large it is
@@ -85,6 +96,32 @@ class Reader:
     def next(self) -> bytes | None:
         """The next message; None: the rest of it has not come. Raises `WireError` for one of several frames, which is
         passed over."""
+        while True:
+            frame = self._frame()
+            if frame is None:
+                return None
+            if self._more:
+                self._is_first = False
+            elif self._is_first:
+                return frame
+            else:
+                self._is_first = True
+                raise WireError("more than one frame")
+
+    def parts(self, most: int) -> list[bytes] | None:
+        """The frames of the next message, the first `most` of them; None: the rest of it has not come."""
+        while True:
+            frame = self._frame()
+            if frame is None:
+                return None
+            if len(self._parts) < most:
+                self._parts.append(frame)
+            if not self._more:
+                parts, self._parts = self._parts, []
+                return parts
+
+    def _frame(self) -> bytes | None:
+        """The next one, which says whether there are more of its message; None: the rest of it has not come."""
         if self._state == 0 and not self._greeted():
             return None
         while True:
@@ -100,9 +137,9 @@ class Reader:
                     return None
                 at += 9
                 size = data[at - 4] << 24 | data[at - 3] << 16 | data[at - 2] << 8 | data[at - 1]
-                if size > MAX_MESSAGE_BYTES or data[at - 8] | data[at - 7] | data[at - 6] | data[at - 5]:
+                if size > self._limit or data[at - 8] | data[at - 7] | data[at - 6] | data[at - 5]:
                     size = int.from_bytes(data[at - 8 : at], "big")
-                    raise UpstreamBroken(f"the engine sent a frame of {size} bytes, the limit is {MAX_MESSAGE_BYTES}")
+                    raise UpstreamBroken(f"the engine sent a frame of {size} bytes, the limit is {self._limit}")
             else:
                 at += 2
                 size = data[at - 1]
@@ -112,17 +149,13 @@ class Reader:
                 return None
             self._at = end
             body = data[at:end]
-            if flags & ~_LONG == 0 and self._state == 2 and not self._in_message:
-                return body
             if flags & _COMMAND:
                 self._obey(body)
             elif self._state != 2:
                 raise UpstreamBroken("the engine's greeting is none of ZMTP: a message came before READY")
-            elif flags & _MORE:
-                self._in_message = True
             else:
-                self._in_message = False
-                raise WireError("more than one frame")
+                self._more = flags & _MORE != 0
+                return body
 
     def _hold(self, missing: int) -> None:
         """Keeps what is left until so much more has come."""

@@ -1,4 +1,5 @@
 """Load that engines publish: one SUB that native engines connect to, one SUB per SGLang instance that connects to it.
+The former, which hears up to fifty messages a second of each, goes without libzmq (subscriber.py).
 
 Every message is `[b"load", 8-byte big-endian sequence, payload]`. A drain may bring many messages of one instance;
 of those only the newest matters, and it is applied once, after the drain. While engines have something to say all the
@@ -18,14 +19,17 @@ import zmq
 
 from broker import wire
 from broker.engines import native, sglang
-from broker.errors import WireError
+from broker.errors import UpstreamBroken, WireError
 from broker.port import Frames, Port
+from broker.scheduler.subscriber import Subscriber
 from broker.scheduler.tally import Tally
 from broker.table import SchedulerEvent
 from broker.types import LoadReport, Trust
 
 logger = logging.getLogger("scheduler")
 
+COMMON = "of the common socket"
+PARTS = 3
 SUBSCRIBER_HWM = 4096
 REST_S = 0.02
 """As often as an engine may speak (docs/wire.md, 6): more wake-ups would bring few more reports. Decisions do not wait
@@ -56,7 +60,7 @@ class Inbox:
 
         Raises WireError on anything else than a load message.
         """
-        if len(frames) != 3 or frames[0] != wire.LOAD_TOPIC or len(frames[1]) != 8:
+        if len(frames) != PARTS or frames[0] != wire.LOAD_TOPIC or len(frames[1]) != 8:
             raise WireError("not a load message: its frames are the topic, 8 bytes of sequence, the load")
         load = wire.decode(_payload, frames[2])
         sequence = int.from_bytes(frames[1], "big")
@@ -120,15 +124,21 @@ class LoadFeed:
         self._apply = apply
         self._inbox = Inbox()
         self._pending = False
-        self._common: Port | None = None
+        self._common = Subscriber(
+            loop,
+            wire.LOAD_TOPIC,
+            self._hear_common,
+            self._refuse,
+            most_parts=PARTS + 1,
+            limit=wire.MAX_CONTROL_BYTES,
+            rest_s=REST_S,
+        )
         self._followed: dict[str, tuple[str, Port]] = {}  # url -> (endpoints, its socket)
 
     def bind(self, endpoints: Iterable[str]) -> None:
-        """Opens the common socket. Raises zmq.ZMQError."""
-        socket = self._subscriber()
-        self._common = Port(self._loop, socket, partial(self._hear, url=None), rest_s=REST_S)
+        """Opens the common socket. Raises OSError."""
         for endpoint in endpoints:
-            socket.bind(endpoint)
+            self._common.bind(endpoint)
 
     def follow(self, wanted: dict[str, str]) -> None:
         """Connects to exactly these: url -> comma-separated endpoints. Cheap when nothing changed."""
@@ -148,8 +158,7 @@ class LoadFeed:
 
     def close(self) -> None:
         self.follow({})
-        if self._common is not None:
-            self._common.close()
+        self._common.close()
 
     def _subscriber(self) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
@@ -160,11 +169,17 @@ class LoadFeed:
         socket.setsockopt(zmq.SUBSCRIBE, wire.LOAD_TOPIC)
         return socket
 
+    def _hear_common(self, frames: Frames) -> None:
+        self._hear(frames, None)
+
+    def _refuse(self, error: UpstreamBroken) -> None:
+        self._tally.dropped("load", COMMON, error)
+
     def _hear(self, frames: Frames, url: str | None) -> None:
         try:
             self._inbox.hear(frames, url)
         except WireError as e:
-            self._tally.dropped("load", url or "of the common socket", e)
+            self._tally.dropped("load", url or COMMON, e)
             return
         if not self._pending:
             self._pending = True

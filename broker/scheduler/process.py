@@ -160,7 +160,7 @@ class Scheduler:
             if binds.p2p_nccl_bind:
                 self._bound(stack, "p2p-nccl", (binds.p2p_nccl_bind,), self._from_p2p_nccl)
             self._feed.bind([self._ipc(LOAD_SOCKET), *filter(None, [binds.load_bind])])
-        except zmq.ZMQError as e:
+        except (zmq.ZMQError, OSError) as e:
             bound = (str(self._run_dir), binds.control_bind, binds.load_bind, binds.p2p_nccl_bind)
             where = ", ".join(filter(None, bound))
             raise ConfigError(f"cannot bind the sockets for engines ({where}): {e}") from e
