@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from broker import wire
-from broker.engines.base import Evidence, count, permille
+from broker.engines.base import MOST, Evidence
 from broker.types import EngineKind, LoadReport
 
 
@@ -24,9 +24,10 @@ class Native:
 
 def load_report(load: wire.Load) -> LoadReport:
     """What a `Load` message says; -1 and what cannot be are unknown."""
+    running, waiting, tokens, kv = load.running, load.waiting, load.waiting_tokens, load.kv_permille
     return LoadReport(
-        running=count(load.running),
-        waiting=count(load.waiting),
-        waiting_tokens=count(load.waiting_tokens),
-        kv_permille=permille(load.kv_permille / 1000) if load.kv_permille >= 0 else None,
+        running=running if 0 <= running <= MOST else None,
+        waiting=waiting if 0 <= waiting <= MOST else None,
+        waiting_tokens=tokens if 0 <= tokens <= MOST else None,
+        kv_permille=min(kv, 1000) if kv >= 0 else None,
     )

@@ -128,6 +128,7 @@ class LoadFeed:
             loop,
             wire.LOAD_TOPIC,
             self._hear_common,
+            self._deliver,
             self._refuse,
             most_parts=PARTS + 1,
             limit=wire.MAX_CONTROL_BYTES,
@@ -170,16 +171,19 @@ class LoadFeed:
         return socket
 
     def _hear_common(self, frames: Frames) -> None:
-        self._hear(frames, None)
+        try:
+            self._inbox.hear(frames, None)
+        except WireError as e:
+            self._tally.dropped("load", COMMON, e)
 
     def _refuse(self, error: UpstreamBroken) -> None:
         self._tally.dropped("load", COMMON, error)
 
-    def _hear(self, frames: Frames, url: str | None) -> None:
+    def _hear(self, frames: Frames, url: str) -> None:
         try:
             self._inbox.hear(frames, url)
         except WireError as e:
-            self._tally.dropped("load", url or COMMON, e)
+            self._tally.dropped("load", url, e)
             return
         if not self._pending:
             self._pending = True
@@ -190,4 +194,6 @@ class LoadFeed:
         if self._inbox.missed:
             self._tally.add(SchedulerEvent.LOADS_MISSED, self._inbox.missed)
             self._inbox.missed = 0
-        self._apply(self._inbox.take())
+        newest = self._inbox.take()
+        if newest:
+            self._apply(newest)

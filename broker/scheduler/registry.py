@@ -298,7 +298,10 @@ class Registry:
     def native_load(self, incarnation: bytes, report: LoadReport, now_ns: int) -> bool:
         """The same by incarnation: a dead one's last words are dropped."""
         member = self._native.get(incarnation)
-        return member is not None and self.load(member.instance.url, report, now_ns)
+        if member is None:
+            return False
+        self._table.report(member.slot, report, now_ns)
+        return True
 
     # -- one place each ----------------------------------------------------------------------------------------
 

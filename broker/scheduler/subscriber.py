@@ -38,14 +38,15 @@ _READABLE: Final = int(select.EPOLLIN)
 
 
 class Subscriber:
-    """Owns the sockets. `receive` is called for each message, on the loop's thread; a publisher that does not speak the
-    protocol is told to `refuse`, and its connection ended."""
+    """Owns the sockets. On the loop's thread `receive` is called for each message, then `looked` once; a publisher that
+    does not speak the protocol is told to `refuse`, and its connection ended."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         topic: bytes,
         receive: Callable[[Frames], None],
+        looked: Callable[[], None],
         refuse: Callable[[UpstreamBroken], None],
         *,
         most_parts: int,
@@ -59,6 +60,7 @@ class Subscriber:
         self._opening = zmtp.GREETING + zmtp.ready(b"", b"SUB")
         self._subscription = zmtp.subscription(topic)
         self._receive = receive
+        self._looked = looked
         self._refuse = refuse
         self._most_parts = most_parts
         self._limit = limit
@@ -96,6 +98,8 @@ class Subscriber:
             self._loop.call_soon(self.look)
         else:
             self._lookout.rest(bool(spoke))
+        if spoke:
+            self._looked()
 
     def close(self) -> None:
         """Idempotent."""

@@ -28,6 +28,8 @@ class Site:
     def __init__(self, endpoint: str, **options: Any) -> None:
         self.endpoint = endpoint
         self.heard: list[Frames] = []
+        self.looked_after = 0
+        """Messages heard when the last look was over."""
         self.refused: list[UpstreamBroken] = []
         self.fails = False
         self._publishers = 0
@@ -35,6 +37,7 @@ class Site:
             asyncio.get_running_loop(),
             b"t",
             self._hear,
+            self._look,
             self.refused.append,
             most_parts=3,
             limit=LIMIT,
@@ -42,6 +45,9 @@ class Site:
             **options,
         )
         self.subscriber.bind(endpoint)
+
+    def _look(self) -> None:
+        self.looked_after = len(self.heard)
 
     def _hear(self, frames: Frames) -> None:
         self.heard.append(frames)
@@ -140,6 +146,7 @@ def test_what_is_too_much_for_one_look_is_heard_in_the_next(tmp_path: Path) -> N
                 one.send_multipart([b"t", b"%d" % number, b"x" * 100])
             await eventually(lambda: it.numbers()[-1:] == [199], it.heard)
             assert it.numbers() == [*range(200)]
+            assert it.looked_after == len(it.heard)
 
     scene(act, f"ipc://{tmp_path}/s", read_bytes=64)
 
