@@ -78,6 +78,10 @@ weak references (`logging.Handler`, uvicorn's protocol) leaves them dangling whe
 over the build with an allocator that shows such things."""
 
 
+DIRECT_CALLS = ["-fvisibility=hidden", "-fno-semantic-interposition", "-fno-plt"]
+"""Within the library: nobody is to put other functions in the place of ours."""
+
+
 def request_path() -> list[Extension]:
     """mypyc's extensions: one library, and a small module for each source that leads to it."""
     if "bdist_wheel" not in sys.argv or os.environ.get("PENSTOCK_COMPILED") == "0":
@@ -87,10 +91,13 @@ def request_path() -> list[Extension]:
     try:
         from mypyc.build import mypycify
 
-        return list(mypycify([*options, *REQUEST_PATH], opt_level="3", debug_level="0", group_name="penstock"))
+        found = list(mypycify([*options, *REQUEST_PATH], opt_level="3", debug_level="0", group_name="penstock"))
     except (Exception, SystemExit) as error:  # it may not be there, or a later one; a wheel without it is as good
         print(f"the request path is not compiled: {error}")
         return []
+    for extension in found:
+        extension.extra_compile_args += DIRECT_CALLS
+    return found
 
 
 class Build(build_ext):
