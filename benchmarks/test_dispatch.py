@@ -74,7 +74,7 @@ class Fleet:
         self.forwarder = Forwarder(self.run.config, self.dispatcher, counters, silent, silent, loop)
 
 
-class Silent:
+class Silent(Sink):
     """A transport, a call, a client, a loop: all of them do nothing, at the cost of a call."""
 
     def open(self, instance: object, request: object, sink: object) -> Silent:

@@ -23,7 +23,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from broker.config import Config
 from broker.errors import PenstockError
 from broker.types import EngineKind, Instance
-from frontend.upstream.base import Headers, Upstream, UpstreamRequest
+from frontend.upstream.base import Headers, Sink, Upstream, UpstreamRequest
 from frontend.upstream.http import HttpUpstream
 from frontend.upstream.zmq import ZmqUpstream
 
@@ -44,7 +44,7 @@ ROUNDS = 10
 """Requests that each of the side-by-side clients makes in one timed round."""
 
 
-class Client:
+class Client(Sink):
     """One client that asks again as soon as it has its answer, `ROUNDS` times."""
 
     def __init__(self, upstream: Upstream, instance: Instance, done: Callable[[], None]) -> None:

@@ -10,14 +10,14 @@ from broker.errors import PenstockError
 from broker.faces import PENSTOCK, Face
 from frontend import errors, headers
 from frontend.forward import Forward
-from frontend.upstream.base import AnswerHead, Headers
+from frontend.upstream.base import Headers, Sink
 
 PAUSE_AT = 64 * 1024
 """Bytes held for a client that does not keep up, before its instance is asked to pause; fewer if the settings say so.
 What a native engine sends nevertheless is held by its transport, up to the bound of the settings."""
 
 
-class Answer:
+class Answer(Sink):
     """Owns the `Forward` that fills it, from `serve` to its end, however that comes.
 
     Chunks that arrive while a `send` is under way go out together with the next one: a fast client gets each at
@@ -83,14 +83,6 @@ class Answer:
             self._paused = True
             self._forward.pause()
         self._wake()
-
-    def answer(self, head: AnswerHead, data: bytes) -> None:
-        self.start(200, head.fitting(data))
-        self.write(data)
-        self.finish()
-
-    def chunk(self, framed: bytes, size: int) -> None:
-        self.write(framed[-size - 2 : -2])
 
     def finish(self) -> None:
         self._ended = True

@@ -29,7 +29,7 @@ from frontend.line_ends import LineEnds
 from frontend.receiving import Receiving
 from frontend.request_head import RequestHead, read_head, says_too_large
 from frontend.story import Stories, Story
-from frontend.upstream.base import UpstreamRequest, WholeSink
+from frontend.upstream.base import Sink, UpstreamRequest
 
 PAIRED_PATHS = frozenset(("/v1/chat/completions", "/v1/completions"))
 """What prefill/decode pairs can do."""
@@ -89,7 +89,7 @@ class Inference:
         """What engine and client hear of a request's id: nothing, if the face gives requests no names."""
         return ident if self._names_requests else b""
 
-    def forward(self, head: RequestHead, data: bytes, ident: bytes, sink: WholeSink, client: str = "") -> Forward:
+    def forward(self, head: RequestHead, data: bytes, ident: bytes, sink: Sink, client: str = "") -> Forward:
         """The request as it will go out, its answer to `sink`; not begun yet. `client` is its address. Raises
         `BadRequest`."""
         name = self._paired(head.path, data) if self._pairs else ""

@@ -50,7 +50,7 @@ from frontend.dispatch import Chosen
 from frontend.explain import DECISION
 from frontend.headers import are_of_events
 from frontend.story import Story
-from frontend.upstream.base import AnswerHead, Call, Headers, UpstreamRequest, WholeSink
+from frontend.upstream.base import AnswerHead, Call, Headers, Sink, UpstreamRequest
 from frontend.waiting import Place, Saturated
 from shm.cells import add
 
@@ -86,7 +86,7 @@ _FIRST_TOKEN: Final = Histogram.FIRST_TOKEN
 _DURATION: Final = Histogram.DURATION
 
 
-class Forward:
+class Forward(Sink):
     """One request. Its owner is whoever talks to the client: it calls `begin` once and, whatever happens, `cancel`
     at the end. It is itself the sink of each attempt; the client's sink hears of one answer.
     """
@@ -98,7 +98,7 @@ class Forward:
         name: str,
         path: str,
         model: str | None,
-        sink: WholeSink,
+        sink: Sink,
         asked: tuple[RouteRequest, UpstreamRequest] | None,
         story: Story | None,
         explains: bool,
@@ -274,6 +274,10 @@ class Forward:
         self._say(error)
 
     # -- the instance's side: the sink of each attempt ---------------------------------------------------------
+
+    @property
+    def takes_whole(self) -> bool:
+        return True
 
     def start(self, status: int, headers: Headers) -> None:
         assert self._choice is not None

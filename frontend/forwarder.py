@@ -21,7 +21,7 @@ from frontend.forward import Forward
 from frontend.pairings import Pairings
 from frontend.story import Story
 from frontend.tokenizer import Tokenizer
-from frontend.upstream.base import Upstream, UpstreamRequest, WholeSink
+from frontend.upstream.base import Sink, Upstream, UpstreamRequest
 
 _MOST_PATH: Final = MOST_PATH  # one that the compiler knows
 _NATIVE: Final = EngineKind.NATIVE
@@ -72,7 +72,7 @@ class Forwarder:
         ident: bytes,
         route: RouteRequest,
         request: UpstreamRequest,
-        sink: WholeSink,
+        sink: Sink,
         story: Story | None = None,
         *,
         asks_why: bool = False,

@@ -29,7 +29,7 @@ from frontend.api import Inference, too_large
 from frontend.forward import Forward
 from frontend.known_heads import KnownHeads
 from frontend.request_head import RequestHead
-from frontend.upstream.base import AnswerHead, Headers
+from frontend.upstream.base import AnswerHead, Headers, Sink
 
 if TYPE_CHECKING:
     from frontend.client import Client
@@ -88,7 +88,7 @@ class Lean:
         return head.lines
 
 
-class LeanCycle:
+class LeanCycle(Sink):
     """One request and its answer: the client's sink. Owned by its connection; owns its `Forward`."""
 
     def __init__(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from broker.errors import PenstockError
-from frontend.upstream.base import AnswerHead, Headers, WholeSink
+from frontend.upstream.base import Headers, Sink
 
 
-class LineEnds:
+class LineEnds(Sink):
     """The sink of a request that asked for a stream, in front of the client's: CR LF becomes LF, and the last line
     gets the newline that it lacks. Whatever else a line holds passes unchanged, and nothing waits for its end."""
 
     __slots__ = ("_last", "_return", "_sink")
 
-    def __init__(self, sink: WholeSink) -> None:
+    def __init__(self, sink: Sink) -> None:
         self._sink = sink
         self._return = False  # the last byte so far was a CR, and is kept until it is known what follows
         self._last = b"\n"
@@ -41,12 +41,3 @@ class LineEnds:
 
     def fail(self, error: PenstockError) -> None:
         self._sink.fail(error)
-
-    def answer(self, head: AnswerHead, data: bytes) -> None:
-        self.start(200, head.fitting(data))
-        self.write(data)
-        self.finish()
-
-    def chunk(self, framed: bytes, size: int) -> None:
-        start = framed.index(b"\n") + 1
-        self.write(framed[start : start + size])

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum, auto
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from broker.engines.pd import Asked, Leg, given_back
 from broker.errors import GivenBack, PenstockError, UpstreamBroken, UpstreamTimeout
@@ -387,10 +387,31 @@ class PairCall:
             call.cancel()
 
 
-class LegSink(NamedTuple):
-    """Who hears one leg's call."""
+class LegSink(Sink):
+    """Hears one leg's call, and has these say what it means."""
 
-    start: Callable[[int, Headers], None]
-    write: Callable[[bytes], None]
-    finish: Callable[[], None]
-    fail: Callable[[PenstockError], None]
+    __slots__ = ("_fail", "_finish", "_start", "_write")
+
+    def __init__(
+        self,
+        start: Callable[[int, Headers], None],
+        write: Callable[[bytes], None],
+        finish: Callable[[], None],
+        fail: Callable[[PenstockError], None],
+    ) -> None:
+        self._start = start
+        self._write = write
+        self._finish = finish
+        self._fail = fail
+
+    def start(self, status: int, headers: Headers) -> None:
+        self._start(status, headers)
+
+    def write(self, data: bytes) -> None:
+        self._write(data)
+
+    def finish(self) -> None:
+        self._finish()
+
+    def fail(self, error: PenstockError) -> None:
+        self._fail(error)

@@ -87,7 +87,7 @@ class Tokenizer:
         return question
 
 
-class Question:
+class Question(Sink):
     """One prompt at the service: the sink of its answer, and the place of the request that waits for it."""
 
     def __init__(self, hear: Callable[[Ids], None]) -> None:

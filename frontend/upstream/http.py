@@ -13,7 +13,7 @@ No task, future or timer per request, unless a connection must be opened or wait
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import Final
 
 from broker.config import Config
 from broker.errors import BadRequest, ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
@@ -21,9 +21,9 @@ from broker.faces import face_of
 from broker.types import Instance
 from frontend.known_heads import KnownHeads
 from frontend.outbox import Outbox
-from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, UpstreamRequest, WholeSink
+from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, UpstreamRequest
 from frontend.upstream.http_connection import Connection
-from frontend.upstream.http_pool import IDLE_S, Pool
+from frontend.upstream.http_pool import IDLE_S, Pool, Waiter
 
 _NOT_SENT: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 """Ours to say, or already served: the body follows at once, so there is nothing to expect."""
@@ -51,8 +51,7 @@ class HttpUpstream:
         return f"<HttpUpstream {list(self._pools.values())}>"
 
     def open(self, instance: Instance, request: UpstreamRequest, sink: Sink) -> Call:
-        heard: Any = sink
-        call = HttpCall(self._loop, self._connect_s, heard, hasattr(sink, "answer"))
+        call = HttpCall(self._loop, self._connect_s, sink)
         try:
             if self._closed:
                 raise ConnectFailed("the frontend is closing")
@@ -89,24 +88,19 @@ class HttpUpstream:
             pool.close(UpstreamBroken("the frontend is closing"))
 
 
-class HttpCall:
-    """One request at one engine: `Call` for whoever forwards, `Exchange` and `Waiter` for the connection.
+class HttpCall(Waiter):
+    """One request at one engine: `Call` for whoever forwards, `Waiter` for the pool, `Exchange` for the connection.
 
     `_sink` is None once the call has ended, in whichever way: that is what makes every end the only one.
     """
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, connect_s: float, sink: WholeSink | None, takes_whole: bool
-    ) -> None:
-        """`sink`: at least a `Sink`; the whole of it if it `takes_whole`."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, connect_s: float, sink: Sink) -> None:
+        super().__init__()
         self._loop = loop
         self._connect_s = connect_s
-        self._sink = sink
-        self.takes_whole = takes_whole
-        self.head = b""
-        self.body = b""
-        self.head_only = False
-        self.paused = False
+        self._sink: Sink | None = sink
+        if sink.takes_whole:
+            self.whole = sink
         self._pool: Pool | None = None
         self._connection: Connection | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -122,7 +116,7 @@ class HttpCall:
         self.body = request.body
         if request.method == "HEAD":
             self.head_only = True
-            self.takes_whole = False
+            self.whole = None
         self._pool = pool
         connection = pool.idle()
         if connection is not None:
@@ -155,16 +149,13 @@ class HttpCall:
         self._connection = connection
 
     def answer(self, head: AnswerHead, data: bytes) -> None:
-        sink = self._sink
+        sink = self.whole
         if sink is not None:
-            self._connection = self._sink = None  # already given back
+            self._connection = None  # already given back
+            self._sink = self.whole = None
             if self._deadline is not None:
                 self._deadline.cancel()
             sink.answer(head, data)
-
-    @property
-    def stream(self) -> WholeSink | None:
-        return self._sink if self.takes_whole else None
 
     def start(self, status: int, headers: Headers) -> None:
         self.head = self.body = b""  # the engine answers: they are not sent again, and a stream need not keep them
@@ -231,7 +222,7 @@ class HttpCall:
         sink.fail(error)
 
     def _end(self) -> None:
-        self._sink = None
+        self._sink = self.whole = None
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None

@@ -11,13 +11,13 @@ The pool decides who gets it, the call says what is asked and who hears the answ
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol, cast
+from typing import cast
 
 from broker.errors import PenstockError, UpstreamBroken
 from broker.keepalive import keep_alive
 from frontend.known_heads import KnownHeads
 from frontend.outbox import Outbox, Outlet
-from frontend.upstream.base import AnswerHead, Headers, WholeSink
+from frontend.upstream.base import AnswerHead, Headers, Sink
 from frontend.upstream.http_chunk import chunk_size
 from frontend.upstream.http_response import ResponseReader
 
@@ -25,46 +25,54 @@ JOIN_BYTES = 64 * 1024
 """Head and body go out in one write up to this size; above, copying costs more than a second system call."""
 
 
-class Exchange(Protocol):
-    """The call a connection serves, and no longer does after `finish`, `fail` or `went_stale`."""
+class Exchange:
+    """The call a connection serves, and no longer does after `finish`, `fail` or `went_stale`. A base class, as `Sink`
+    is one."""
 
-    paused: bool
-    head: bytes
-    body: bytes
-    head_only: bool
-    takes_whole: bool
-    """It has `answer`."""
+    def __init__(self) -> None:
+        self.head = b""
+        self.body = b""
+        self.head_only = False
+        self.paused = False
+        self.whole: Sink | None = None
+        """Who takes whole chunks in its place, if anybody does; then it has `answer`."""
 
     def answer(self, head: AnswerHead, data: bytes) -> None:
         """`start`, `write` and `finish` in one."""
+        raise NotImplementedError
 
-    @property
-    def stream(self) -> WholeSink | None:
-        """Who takes whole chunks in its place."""
+    def start(self, status: int, headers: Headers) -> None:
+        raise NotImplementedError
 
-    def start(self, status: int, headers: Headers) -> None: ...
+    def write(self, data: bytes) -> None:
+        raise NotImplementedError
 
-    def write(self, data: bytes) -> None: ...
+    def finish(self) -> None:
+        raise NotImplementedError
 
-    def finish(self) -> None: ...
-
-    def fail(self, error: PenstockError) -> None: ...
+    def fail(self, error: PenstockError) -> None:
+        raise NotImplementedError
 
     def went_stale(self) -> None:
         """The engine had closed the kept connection before it could answer; nothing of an answer was heard."""
+        raise NotImplementedError
 
 
-class Owner(Protocol):
+class Owner:
     """What a connection knows of its pool."""
 
-    known: KnownHeads[AnswerHead]
-    outbox: Outbox
+    def __init__(self, known: KnownHeads[AnswerHead], outbox: Outbox) -> None:
+        self.known = known
+        """Those of engines of one kind are alike."""
+        self.outbox = outbox
 
     def spare(self, connection: Connection) -> None:
         """It is idle and may be used again."""
+        raise NotImplementedError
 
     def gone(self, connection: Connection) -> None:
         """It is closed, and nothing of an answer is held in it. Told once; not when the dial did not succeed."""
+        raise NotImplementedError
 
 
 class Connection:
@@ -85,8 +93,8 @@ class Connection:
         "exchange",
     )
 
-    def __init__(self, owner: Owner, exchange: Exchange, loop: asyncio.AbstractEventLoop) -> None:
-        self.exchange: Exchange | None = exchange
+    def __init__(self, owner: Owner, exchange: Exchange | None, loop: asyncio.AbstractEventLoop) -> None:
+        self.exchange = exchange
         self.dial: asyncio.Task[None] | None = None
         """The task that connects; held here so that it lives, and can be cancelled."""
         self._owner = owner
@@ -94,7 +102,7 @@ class Connection:
         self._transport: asyncio.Transport | None = None
         self._outlet: Outlet | None = None
         self._reader = ResponseReader()
-        self._stream: WholeSink | None = None
+        self._stream: Sink | None = None
         """Gets whole chunks as they come, past the reader, which stands between two; None: all goes through it."""
         self._started = False
         self._answered = False
@@ -173,10 +181,11 @@ class Connection:
             self.send(self.exchange)
 
     def data_received(self, data: bytes) -> None:
-        if self._stream is not None:
+        stream = self._stream
+        if stream is not None:
             size = chunk_size(data)
             if size:
-                self._stream.chunk(data, size)
+                stream.chunk(data, size)
                 return
             self._stream = None
         exchange = self.exchange
@@ -186,7 +195,7 @@ class Connection:
         reader = self._reader
         if self._answered:
             reader.feed(data)
-        elif exchange.takes_whole and not exchange.paused and self._is_known(exchange, data):
+        elif exchange.whole is not None and not exchange.paused and self._is_known(exchange, data):
             return
         else:
             self._answered = True
@@ -271,7 +280,7 @@ class Connection:
             self.abort()
             exchange.fail(reader.error)
         elif reader.is_between and not exchange.paused:
-            self._stream = exchange.stream
+            self._stream = exchange.whole
 
     def _is_unsent(self, transport: asyncio.Transport) -> bool:
         """Of the request something is still to be written."""

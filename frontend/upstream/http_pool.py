@@ -13,14 +13,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
-from typing import Protocol, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 from broker.errors import ConnectFailed, EngineSaturated, PenstockError
 from frontend.known_heads import KnownHeads
 from frontend.outbox import Outbox
 from frontend.upstream.base import AnswerHead
-from frontend.upstream.http_connection import Connection, Exchange
+from frontend.upstream.http_connection import Connection, Exchange, Owner
 
 IDLE_S = 60.0
 """A connection unused for this long is closed."""
@@ -35,11 +35,12 @@ def trusted() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-class Waiter(Exchange, Protocol):
+class Waiter(Exchange):
     """A call that wants a connection."""
 
     def connecting(self, connection: Connection) -> None:
         """It will be served by this connection, which is free or being opened."""
+        raise NotImplementedError
 
 
 class Address:
@@ -67,7 +68,7 @@ class Address:
         """For the Host header."""
 
 
-class Pool:
+class Pool(Owner):
     """Owns every connection to one engine. Used on the loop's thread alone."""
 
     def __init__(
@@ -83,11 +84,9 @@ class Pool:
     ) -> None:
         """`limit`: connections open or being opened at once. `revives`: a call that a kept connection lost is sent once
         more. Raises `ConnectFailed` for a URL it cannot use."""
+        super().__init__(KnownHeads() if known is None else known, Outbox(loop) if outbox is None else outbox)
         self.url = url
         self.revives = revives
-        self.known = KnownHeads() if known is None else known
-        """Those of engines of one kind are alike."""
-        self.outbox = Outbox(loop) if outbox is None else outbox
         self.address = Address(url)
         self._limit = limit
         self._loop = loop

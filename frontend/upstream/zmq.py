@@ -17,7 +17,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -91,9 +91,7 @@ class ZmqUpstream:
     def open(self, instance: Instance, request: UpstreamRequest, sink: Sink) -> Call:
         self._next_id += 1
         number = self._next_id
-        heard: Any = sink
-        whole = hasattr(sink, "answer")
-        call = ZmqCall(number, heard, self, self._bound, takes_whole=whole, stream=request.stream)
+        call = ZmqCall(number, sink, self, self._bound, stream=request.stream)
         self._calls[number] = call
         try:
             if self._closed:

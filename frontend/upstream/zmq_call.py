@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from broker.errors import ClientTooSlow, PenstockError, UpstreamBroken
 from broker.wire import CHUNK, DONE, ERROR
-from frontend.upstream.base import AnswerHead, Headers, WholeSink
+from frontend.upstream.base import AnswerHead, Headers, Sink
 from frontend.upstream.zmq_errors import shown
 
 SSE: Final[Headers] = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -39,16 +39,12 @@ class Owner(Protocol):
 class ZmqCall:
     """`Call` for whoever forwards. `_sink` is None once it has heard the end or wants to hear no more."""
 
-    def __init__(
-        self, number: int, sink: WholeSink, owner: Owner, bound: int, *, takes_whole: bool, stream: bool
-    ) -> None:
-        """`sink`: at least a `Sink`, the whole of a `WholeSink` if it `takes_whole`. `bound`: bytes it may hold while
-        paused."""
+    def __init__(self, number: int, sink: Sink, owner: Owner, bound: int, *, stream: bool) -> None:
+        """`bound`: bytes it may hold while paused."""
         self.id = number
         self.peer: object = None
         """Whose deltas count; None until the request was sent."""
-        self._sink: WholeSink | None = sink
-        self._takes_whole = takes_whole
+        self._sink: Sink | None = sink
         self._owner = owner
         self._stream = stream
         self._bound = bound
@@ -168,7 +164,7 @@ class ZmqCall:
             if self._paused:
                 return
             at_once = self._done and not self._started and not self._stream
-            if at_once and data and self._status == 200 and self._takes_whole:
+            if at_once and data and self._status == 200 and sink.takes_whole:
                 data = self._whole()
                 self._end()
                 sink.answer(self._owner.whole, data)

@@ -45,7 +45,7 @@ class Stage:
         request = UpstreamRequest(
             path="/v1/chat/completions", headers=[(b"x-request-id", b"r1")], body=body, stream=stream
         )
-        sink.call = self.upstream.open(instance, request, _Early(sink))
+        sink.call = self.upstream.open(instance, request, sink)
         return sink
 
     def nowhere(self) -> Instance:
@@ -63,13 +63,6 @@ class Stage:
         pools = [*self.upstream._pools.values(), *self.upstream._retired]
         busy = [c for p in pools for c in p._connections if c not in p._idle]
         return [*busy, *(w for p in pools for w in p._waiting)]
-
-
-class _Early:
-    """Passes on to the sink; the sink knows its call only once `open` has returned."""
-
-    def __init__(self, sink: RecordingSink) -> None:
-        self.start, self.write, self.finish, self.fail = sink.start, sink.write, sink.finish, sink.fail
 
 
 Scene = Callable[[Stage], Awaitable[None]]

@@ -104,7 +104,7 @@ class FakeUpstream:
         return self.calls[-1]
 
 
-class Client:
+class Client(Sink):
     """The client's sink: what it heard, in order."""
 
     def __init__(self) -> None:

@@ -22,14 +22,14 @@ from broker.errors import (
 )
 from broker.table import State
 from frontend.forward import Forward
-from frontend.upstream.base import Headers
+from frontend.upstream.base import Headers, Sink
 from tests.frontend.fakes import FakeCall, Frontend
 
 ERRORS = (ConnectFailed, UpstreamBroken, EngineSaturated, UpstreamTimeout, BadRequest, ClientTooSlow)
 STATUSES = st.sampled_from((200, 204, 404, 429, 500, 502, 503, 504))
 
 
-class Client:
+class Client(Sink):
     """A client's sink that holds the forward to its contract, and may leave in the middle of what it is told."""
 
     def __init__(self, leaves_at: str) -> None:

@@ -23,7 +23,6 @@ from frontend.forwarder import Forwarder
 from frontend.pair import Pairer
 from frontend.pairline import TURNS
 from frontend.partners import Partners
-from frontend.upstream.base import Sink
 from tests.frontend.fakes import Client
 from tests.frontend.pairs import PairFrontend
 from tests.frontend.test_admission import Turns
@@ -56,7 +55,7 @@ class Scene(PairFrontend):
 
     def ask(self) -> tuple[Forward, Client]:
         client = Client()
-        return self.pair(sink=cast("Sink", client)), client
+        return self.pair(sink=client), client
 
     def said(self) -> wire.Tickets:
         """The one message of a turn."""

@@ -14,7 +14,7 @@ from broker.errors import ConnectFailed, EngineSaturated, PenstockError, Upstrea
 from broker.types import EngineKind
 from frontend.forward import Forward
 from frontend.pair import Terms
-from frontend.upstream.base import Headers
+from frontend.upstream.base import Headers, Sink
 from tests.frontend.fakes import FakeCall
 from tests.frontend.pairs import BODY, PairFrontend
 
@@ -30,7 +30,7 @@ BODIES = st.sampled_from((BODY, b'{"prompt":["a","b"]}'))
 STATUSES = st.sampled_from((200, 200, 400, 429, 500, 501, 502, 503, 504))
 
 
-class Client:
+class Client(Sink):
     """Holds the forward to its contract."""
 
     def __init__(self) -> None:

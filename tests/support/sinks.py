@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable
 
 from broker.errors import PenstockError
-from frontend.upstream.base import AnswerHead, Call, Headers
+from frontend.upstream.base import AnswerHead, Call, Headers, Sink
 
 _ADDRESS = re.compile(r"://|127\.0\.0\.1|::1|localhost")
 
 
-class RecordingSink:
+class RecordingSink(Sink):
     """`body`, `status`, `headers`, `error`; `events` in order. Set `on_start` or `on_write` to act from within.
 
     `call` must be given what `open` returned before the loop runs on: hearing anything earlier is a violation,
@@ -115,11 +115,13 @@ class WholeRecordingSink(RecordingSink):
         super().__init__()
         self.whole = 0
 
+    @property
+    def takes_whole(self) -> bool:
+        return True
+
     def answer(self, head: AnswerHead, data: bytes) -> None:
         self.whole += 1
-        self.start(200, head.fitting(data))
-        self.write(data)
-        self.finish()
+        super().answer(head, data)
 
     def chunk(self, framed: bytes, size: int) -> None:
         self.whole += 1
