@@ -28,6 +28,7 @@ REQUEST_PATH = (
     "broker/lookout.py",
     "broker/narrator.py",
     "broker/port.py",
+    "broker/route.py",
     "broker/saturation.py",
     "broker/table_writer.py",
     "broker/vectors.py",

@@ -13,6 +13,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from broker.route import RouteRequest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from broker.config import Config, Shm
@@ -21,7 +22,7 @@ from broker.policies import POLICIES, Options, frontend_rng, make_policy
 from broker.policies.base import least
 from broker.table import create_table
 from broker.table_writer import TableWriter
-from broker.types import Instance, LoadReport, Role, RouteRequest
+from broker.types import Instance, LoadReport, Role
 from broker.view import TableReader, View
 
 SIZES = (8, 64, 1024)

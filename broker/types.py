@@ -1,8 +1,7 @@
-"""What the parts of Penstock say to each other: instances, requests, load reports."""
+"""What the parts of Penstock say to each other: instances, load reports."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 
 import msgspec
@@ -124,17 +123,3 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     """KV-cache use in 1/1000."""
     capacity: int | None = None
     trust: Trust = Trust.EXACT
-
-
-class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What the choice of an instance depends on, and nothing else of the request."""
-
-    model: str | None = None
-    role: Role = Role.MIXED
-    prompt_tokens: int = 0
-    """Estimated tokens of the prompt (exact for token-id prompts)."""
-    session: str | None = None
-    prompt: str = ""
-    """The prompt's text, for policies that match prefixes."""
-    prompt_ids: Sequence[int] = ()
-    """The token ids of a prompt that has no text."""

@@ -23,12 +23,14 @@ import itertools
 import time
 from collections.abc import Callable, Collection
 
+from broker.route import RouteRequest
+
 from broker import wire
 from broker.config import Config
 from broker.counters import FrontendCounters, Histogram, TotalColumn
 from broker.errors import PenstockError, QueueFull, QueueTimeout
 from broker.saturation import Saturation
-from broker.types import Instance, RouteRequest
+from broker.types import Instance
 from broker.view import TableReader
 from frontend.dispatch import Choice, Chosen, Dispatcher, RemoteChoice
 from frontend.remote import Guests

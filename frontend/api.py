@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import msgspec
+from broker.route import RouteRequest
 from starlette.types import Receive, Scope, Send
 
 from broker.config import Config
@@ -19,7 +20,6 @@ from broker.faces import Estimate, face_of
 from broker.narrator import printable
 from broker.policies import need_index
 from broker.splice import replace_member
-from broker.types import RouteRequest
 from frontend import body, headers
 from frontend.account import access, count_response
 from frontend.answer import Answer, send_error

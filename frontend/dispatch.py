@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
+from broker.route import RouteRequest
+
 from broker.config import Config
 from broker.counters import FrontendCounters
 from broker.errors import NoInstance
@@ -16,7 +18,7 @@ from broker.lease import Lease, take
 from broker.policies import Options, Policy, frontend_rng, in_use, make_policy
 from broker.policies.base import Why
 from broker.prefix import PrefixIndex
-from broker.types import Instance, Role, RouteRequest
+from broker.types import Instance, Role
 from broker.view import TableReader, View
 from frontend.breaker import Breaker
 from frontend.sessions import Sessions

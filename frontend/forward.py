@@ -27,8 +27,6 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from broker.counters import CounterColumn, Histogram, TotalColumn
 from broker.counters import outcome as status_column
 from broker.errors import (
@@ -42,7 +40,7 @@ from broker.errors import (
     UpstreamTimeout,
 )
 from broker.lease import Lease
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 from frontend import explain
 from frontend.account import Outcome, access, count_response, log_end
 from frontend.decisions import Failed, Granted, Queued, Record, Rescued, Sent, Step
@@ -185,7 +183,7 @@ class Forward(Sink):
         route, request = self._asked
         self._place = None
         self._state = State.TRYING
-        self._asked = msgspec.structs.replace(route, prompt_ids=ids), request
+        self._asked = route.with_ids(ids), request
         self._choose(self._shared.clock())
 
     def _choose(self, now: float) -> None:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Collection, Mapping
 from random import Random, SystemRandom
 from typing import NamedTuple, Protocol
 
-import msgspec
-
 from broker.config import Config
 from broker.engines.pd import PAIRINGS, Pairing, connector_of, fits_together, pairings, traits
 from broker.errors import NoInstance, PenstockError
 from broker.faces import face_of
 from broker.lease import Lease
-from broker.types import Connector, Instance, Role, RouteRequest
+from broker.route import RouteRequest
+from broker.types import Connector, Instance, Role
 from frontend.admission import Admission
 from frontend.dispatch import TAKES, Choice, Chosen, Dispatcher
 from frontend.paircall import PairCall
@@ -183,12 +182,12 @@ class Pairer:
 
 
 def _prefill(request: RouteRequest) -> RouteRequest:
-    return msgspec.structs.replace(request, role=Role.PREFILL)
+    return request.leg(Role.PREFILL, request.prompt_tokens)
 
 
 def _decode(request: RouteRequest) -> RouteRequest:
     """The prompt's tokens are prefill's work; decode's load is its requests."""
-    return msgspec.structs.replace(request, role=Role.DECODE, prompt_tokens=0)
+    return request.leg(Role.DECODE, 0)
 
 
 class PairChoice:

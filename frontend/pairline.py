@@ -19,8 +19,10 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from broker.route import RouteRequest
+
 from broker.errors import PenstockError
-from broker.types import Role, RouteRequest
+from broker.types import Role
 from frontend.dispatch import Choice, Chosen
 from frontend.upstream.base import Headers
 from frontend.waiting import Line, Place, Saturated, Waiter

@@ -18,13 +18,15 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from broker.route import RouteRequest
+
 from broker.config import Scheduler
 from broker.engines import DIALECTS
 from broker.errors import PenstockError
 from broker.lease import Lease
 from broker.saturation import FULL_REPORTS, Saturation
 from broker.table import Column
-from broker.types import RouteRequest, Trust
+from broker.types import Trust
 from broker.view import TableReader
 from frontend.admission import Admission
 from frontend.dispatch import Choice

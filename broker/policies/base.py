@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from broker.config import Scheduler
 from broker.policies.draw import FEW, least
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 
 __all__ = ["FEW", "Loads", "Numbers", "Options", "Picker", "Policy", "Vector", "Why", "least"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from broker.policies.base import FEW, Loads, Options, Vector, Why, least
 from broker.prefix import PrefixIndex
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 
 
 class CacheAware:

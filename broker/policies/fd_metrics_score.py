@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.policies.base import Loads, Options, Vector, least
-from broker.types import RouteRequest, Trust
+from broker.route import RouteRequest
+from broker.types import Trust
 
 _STALE = int(Trust.STALE)
 

@@ -6,7 +6,7 @@ from random import Random
 
 from broker.policies.base import Loads, Options, least
 from broker.policies.fd_metrics_score import score
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 
 
 class FdRemoteMetricsScore:

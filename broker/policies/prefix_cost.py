@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from broker.policies.backlog import Backlog
 from broker.policies.base import Loads, Why, least
 from broker.prefix import Match, PrefixIndex
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 
 Costs = NDArray[np.float64]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from broker.policies.base import Loads, least
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 
 
 class ProcessTokens:

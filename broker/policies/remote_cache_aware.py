@@ -7,7 +7,7 @@ from random import Random
 from broker.policies.base import Loads, Options, Why
 from broker.policies.cache_aware import CacheAware
 from broker.prefix import PrefixIndex
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 
 
 class RemoteCacheAware:

@@ -6,7 +6,7 @@ from random import Random
 
 from broker.policies.base import Loads
 from broker.policies.draw import least
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 
 
 class RequestNum:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from broker.policies.base import Loads
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 
 SETS = 1024
 """Candidate sets whose turn is remembered."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from broker.policies.base import Loads, Picker, Why
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 
 
 class WholePrompts:

@@ -13,7 +13,7 @@ from broker.config import Config
 from broker.prefix.keys import BLOCKS, Vector, alike, namespace, text_keys, token_keys
 from broker.prefix.layout import PREFIX, run_layout
 from broker.prefix.match import Match
-from broker.types import RouteRequest
+from broker.route import RouteRequest
 from broker.wire import RoutingNotices
 from shm.hashtable import TableReader
 from shm.segment import Layout, Segment

@@ -9,6 +9,7 @@ from random import Random
 from typing import Any, cast
 
 import pytest
+from broker.route import RouteRequest
 
 from broker import wire
 from broker.config import Scheduler
@@ -16,7 +17,7 @@ from broker.counters import CounterColumn
 from broker.engines.pd import PAIRINGS
 from broker.errors import ConnectFailed
 from broker.table import QueueColumn, State
-from broker.types import EngineKind, FastDeployFields, Role, RouteRequest
+from broker.types import EngineKind, FastDeployFields, Role
 from frontend.admission import Admission
 from frontend.forward import Forward
 from frontend.forwarder import Forwarder

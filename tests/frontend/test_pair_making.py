@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from broker.route import RouteRequest
 
 from broker.errors import ConnectFailed, UpstreamBroken, UpstreamTimeout
 from broker.table import State
-from broker.types import Connector, EngineKind, FastDeployFields, PairFields, Role, RouteRequest
+from broker.types import Connector, EngineKind, FastDeployFields, PairFields, Role
 from frontend.pair import Terms
 from tests.frontend.fakes import FakeCall
 from tests.frontend.pairs import ANSWER, PairFrontend, failed, held

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
+from broker.route import RouteRequest
+
 from broker.policies.process_tokens import ProcessTokens
 from broker.policies.request_num import RequestNum
-from broker.types import RouteRequest
 from tests.support.loads import FakeLoads
 
 REQUEST = RouteRequest()
