@@ -81,6 +81,33 @@ def test_messages_are_the_same_however_the_bytes_are_cut(messages: list[bytes | 
     assert reader.replies == [command(b"PONG", b"context")] * messages.count(b"PING")
 
 
+@given(
+    st.lists(st.lists(st.binary(max_size=300), min_size=1, max_size=6), max_size=8),
+    st.lists(st.integers(1, 400), max_size=40),
+)
+def test_parts_are_the_same_however_the_bytes_are_cut(messages: list[list[bytes]], cuts: list[int]) -> None:
+    data = OPENING
+    for message in messages:
+        data += b"".join(frame(part, more=True) for part in message[:-1]) + frame(message[-1])
+        data += command(b"PING", b"\0\1")
+    reader = zmtp.Reader()
+    found: list[list[bytes]] = []
+    for size in [*cuts, len(data)]:
+        reader.feed(data[:size])
+        data = data[size:]
+        while (parts := reader.parts(4)) is not None:
+            found.append(parts)
+    assert found == [message[:4] for message in messages]
+
+
+def test_a_frame_beyond_the_readers_limit_is_said_to_be_one() -> None:
+    reader = zmtp.Reader(1000)
+    reader.feed(OPENING + frame(bytes(1000)) + frame(bytes(1001)))
+    assert reader.parts(1) == [bytes(1000)]
+    with pytest.raises(UpstreamBroken, match="limit is 1000"):
+        reader.parts(1)
+
+
 def test_what_was_fed_before_the_last_was_taken_is_kept() -> None:
     reader = zmtp.Reader()
     reader.feed(OPENING + frame(b"1") + frame(b"2") + frame(b"3")[:2])
