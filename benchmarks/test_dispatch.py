@@ -16,13 +16,13 @@ import msgpack
 import msgspec
 import orjson
 import pytest
-from broker.route import RouteRequest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from broker import wire
 from broker.config import Scheduler
 from broker.counters import FrontendCounters, attach_counters
 from broker.prefix import PrefixIndex, PrefixWriter, create_prefix, run_layout
+from broker.route import RouteRequest
 from broker.types import Role
 from frontend import body
 from frontend.breaker import Breaker

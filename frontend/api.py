@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import msgspec
-from broker.route import RouteRequest
 from starlette.types import Receive, Scope, Send
 
 from broker.config import Config
@@ -19,6 +18,7 @@ from broker.errors import BadRequest, BodyTooLarge, PairsOnly
 from broker.faces import Estimate, face_of
 from broker.narrator import printable
 from broker.policies import need_index
+from broker.route import RouteRequest
 from broker.splice import replace_member
 from frontend import body, headers
 from frontend.account import access, count_response

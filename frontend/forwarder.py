@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from typing import Final
 
-from broker.route import RouteRequest
-
 from broker.aborting import by_name
 from broker.config import Config
 from broker.counters import FrontendCounters
 from broker.errors import Aborted, PenstockError
 from broker.faces import face_of
 from broker.policies import in_use
+from broker.route import RouteRequest
 from broker.types import EngineKind, Instance
 from frontend.decisions import MOST_PATH, Decisions, Record, Step, cut
 from frontend.dispatch import Chooser

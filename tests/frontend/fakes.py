@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
-from broker.route import RouteRequest
 
 from broker.config import Config
 from broker.counters import CounterColumn, FrontendCounters, TotalColumn
 from broker.errors import PenstockError
 from broker.policies import need_index
 from broker.prefix import PrefixIndex, PrefixWriter, create_prefix, run_layout
+from broker.route import RouteRequest
 from broker.types import EngineKind, Instance, Role
 from frontend.breaker import Breaker
 from frontend.dispatch import Dispatcher, make_policies

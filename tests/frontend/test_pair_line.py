@@ -9,13 +9,13 @@ from random import Random
 from typing import Any, cast
 
 import pytest
-from broker.route import RouteRequest
 
 from broker import wire
 from broker.config import Scheduler
 from broker.counters import CounterColumn
 from broker.engines.pd import PAIRINGS
 from broker.errors import ConnectFailed
+from broker.route import RouteRequest
 from broker.table import QueueColumn, State
 from broker.types import EngineKind, FastDeployFields, Role
 from frontend.admission import Admission
