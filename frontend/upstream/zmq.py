@@ -17,7 +17,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -45,6 +45,9 @@ BATCH: Final = 256
 """Messages of one engine understood in one turn of the loop; clients' sockets get their turn in between."""
 
 _decode: Final = msgspec.msgpack.Decoder(list).decode
+_decode_step: Final = msgspec.msgpack.Decoder(tuple[int, bytes, list[tuple[int, int, int, bytes]]]).decode
+"""A step without errors, which is nearly all that engines say. What does not fit is looked at piece by piece: there may
+be a fifth value, or a malformed delta among good ones."""
 
 
 @dataclass(slots=True)
@@ -237,6 +240,27 @@ class ZmqUpstream:
     def _understand(self, peer: Peer, frame: bytes) -> None:
         """One message of an engine. Raises `WireError` for what is none."""
         try:
+            tag, incarnation, deltas = _decode_step(frame)
+        except UNDECODABLE:
+            self._understand_any(peer, frame)
+            return
+        if tag == wire.STEP_TAG and incarnation == peer.incarnation:
+            self._step(peer, deltas)
+        else:
+            self._understand_any(peer, frame)
+
+    def _step(self, peer: Peer, deltas: list[tuple[Any, ...]]) -> None:
+        """The deltas of one engine step, all well-formed."""
+        calls, ready = self._calls, self._ready
+        for delta in deltas:
+            call = calls.get(delta[0])
+            # Unknown: it was aborted, and this was on its way. Another engine's: none of this one's business.
+            if call is not None and call.peer is peer and call.hear(delta[1], delta[2], delta[3]):
+                ready.append(call)
+
+    def _understand_any(self, peer: Peer, frame: bytes) -> None:
+        """What `_understand` does, of whatever it may be."""
+        try:
             fields = _decode(frame)
         except UNDECODABLE as e:
             raise WireError(f"malformed message: {e}") from e
@@ -247,7 +271,7 @@ class ZmqUpstream:
                 self.dropped.foreign_incarnation += 1
                 self._on_drop()
                 return
-            self._step(peer, fields[2])
+            self._step_of_any(peer, fields[2])
             return
         message = wire.decode(wire.data_to_frontend, frame)
         if message.incarnation != peer.incarnation:
@@ -261,8 +285,8 @@ class ZmqUpstream:
             else:
                 self._peers.lose(peer, f"{peer.url} speaks protocol {message.protocol}, we speak {wire.PROTOCOL}")
 
-    def _step(self, peer: Peer, deltas: list[object]) -> None:
-        """The deltas of one engine step. One that cannot be read is no reason to drop the others."""
+    def _step_of_any(self, peer: Peer, deltas: list[object]) -> None:
+        """Deltas of whatever shape. One that cannot be read is no reason to drop the others."""
         calls, ready = self._calls, self._ready
         malformed = 0
         for delta in deltas:
@@ -270,7 +294,6 @@ class ZmqUpstream:
                 malformed += 1
                 continue
             call = calls.get(delta[0])
-            # Unknown: it was aborted, and this was on its way. Another engine's: none of this one's business.
             if call is not None and call.peer is peer and call.take(delta):
                 ready.append(call)
         if malformed:

@@ -1,6 +1,6 @@
 """One request at a native engine: what its deltas mean, in which order, and what the client hears of them.
 
-    take(delta)* -> deliver()          several deltas of one drained batch become one write
+    hear | take -> deliver()           several deltas of one drained batch become one write
     fail(error)  -> deliver()
 
 Pure but for the sink it calls. The transport owns the socket and decides when to `deliver`; a call that was
@@ -92,6 +92,17 @@ class ZmqCall:
 
     # -- the engine's side ---------------------------------------------------------------------------------
 
+    def hear(self, sequence: int, kind: int, data: bytes) -> bool:
+        """`take` of a delta that is well-formed: nearly every one, and nearly always there is nothing to it."""
+        if self._flows and kind == CHUNK and sequence == self._next and data:
+            self._next = sequence + 1
+            if self._first:
+                self._others.append(data)
+                return False
+            self._first = data
+            return True
+        return self.take([self.id, sequence, kind, data])
+
     def take(self, delta: list[object]) -> bool:
         """One delta of this call's engine. True if there was nothing to deliver before and is now.
 
@@ -99,15 +110,6 @@ class ZmqCall:
         """
         sequence, kind, data = delta[1], delta[2], delta[3]
         quiet = not self._first
-        if (
-            self._flows
-            and (isinstance(kind, int) and kind == CHUNK)
-            and (isinstance(sequence, int) and sequence == self._next)
-            and (type(data) is bytes and data)
-        ):
-            self._next += 1
-            self._add(data)
-            return quiet
         if self._done or self._error is not None or self._sink is None:
             return False
         self._flows = False
