@@ -58,8 +58,8 @@ class Client:
     ) -> None:
         """`peer`: the client's address."""
         self.peer = peer
-        self.write = Outlet(transport, outbox).write
-        """Sends bytes when the turn ends. The outlet's own: an event touches nothing else of the connection."""
+        self.outlet = Outlet(transport, outbox)
+        """Where an answer is written: an event touches nothing else of the connection."""
         self.writes_are_paused = False
         self.is_free = True
         """The connection is at rest, and what comes may go the short way."""

@@ -62,6 +62,8 @@ QUEUE_MS = b"x-penstock-queue-ms"
 """Tells a client whose request waited for room how long it did."""
 
 
+_DATA: Final = b"data:"
+_LF: Final = 0x0A
 _OPENED: Final = int(TotalColumn.STREAMS_OPENED)
 _CLOSED: Final = int(TotalColumn.STREAMS_CLOSED)
 
@@ -294,7 +296,7 @@ class Forward(Sink):
             self._flow()
         self._touched = self._shared.clock()
         self._bytes += len(data)
-        self._events += data.count(b"data:")  # 60 ns; where tokens must be told before the engine says its usage
+        self._events += _events(data, data[:-2])
         self._tail, self._last = self._last, data
         if self._state is _FLOWING:  # the client's sink may have given up on hearing the status
             self._sink.write(data)
@@ -306,7 +308,7 @@ class Forward(Sink):
             return
         self._touched = self._shared.clock()
         self._bytes += size
-        self._events += framed.count(b"data:")
+        self._events += _events(framed, framed[-size - 2 : -4])
         self._tail, self._last = self._last, framed
         self._sink.chunk(framed, size)
 
@@ -561,3 +563,9 @@ class Forward(Sink):
                 outcome=outcome,
                 reason=reason,
             )
+
+
+def _events(data: bytes, line: bytes) -> int:
+    """Events in a chunk, where tokens must be told before the engine says its usage. `line`: the chunk without its last
+    two bytes. If that is one line, as of nearly all chunks it is, `count` need not look (compiled: a quarter of it)."""
+    return 1 if line.startswith(_DATA) and _LF not in line else data.count(_DATA)

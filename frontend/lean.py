@@ -16,7 +16,6 @@ Measured against the same request over ASGI: benchmarks/test_lean.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
@@ -28,6 +27,7 @@ from frontend.answer import last_event, takes_events, whole_error
 from frontend.api import Inference, too_large
 from frontend.forward import Forward
 from frontend.known_heads import KnownHeads
+from frontend.outbox import Outlet
 from frontend.request_head import RequestHead
 from frontend.upstream.base import AnswerHead, Headers, Sink
 
@@ -41,8 +41,9 @@ _UNTIL_CLOSE: Final = -1
 _BODILESS: Final = frozenset((204, 304))
 _OK: Final = STATUS_LINE[200]
 
-_SIZES: Final = tuple([b"%x" % size for size in range(1024)])
-"""As chunks have them: nearly all events are so small, and to format a size takes longer than all else of a frame."""
+_SIZES: Final = tuple([b"%x\r\n" % size for size in range(1024)])
+"""Lines of chunks: nearly all events are so small, and to format a size takes longer than all else of a frame."""
+_MOST_SIZES: Final = len(_SIZES)
 
 NOT_INFERENCE = b"/v1/abort_requests"
 """The one POST below /v1/ that is not for an instance."""
@@ -70,7 +71,7 @@ class Lean:
         return self._takes_any or self.inference.serves(url.partition(b"?")[0].decode("latin-1"))
 
     def cycle(self, client: Client, request: RequestHead, *, keep_alive: bool) -> LeanCycle:
-        return LeanCycle(client, self, request, request.ident or headers.new_id(), client.write, keep_alive)
+        return LeanCycle(client, self, request, request.ident or headers.new_id(), client.outlet, keep_alive)
 
     def default_lines(self) -> bytes:
         """The headers that the server adds to every answer, as they are written. uvicorn makes them once a second."""
@@ -97,14 +98,14 @@ class LeanCycle(Sink):
         lean: Lean,
         request: RequestHead,
         ident: bytes,
-        write: Callable[[bytes], None],
+        outlet: Outlet,
         keep_alive: bool,
     ) -> None:
         self._client = client
         self._lean = lean
         self._request = request
         self._ident = ident
-        self._write = write
+        self._outlet = outlet
         self.keep_alive = keep_alive
         self.more_body = True
         self.response_complete = False
@@ -213,7 +214,7 @@ class LeanCycle(Sink):
     def write(self, data: bytes) -> None:
         if self._chunked and not self._head:
             self._last = framed = _framed(data)
-            self._write(framed)
+            self._outlet.write(framed)
         else:
             self._write_body(data)
 
@@ -228,7 +229,7 @@ class LeanCycle(Sink):
             if self._left < 0:
                 self._cut_off()
                 return
-        self._write(head + data)
+        self._outlet.write(head + data)
 
     def answer(self, head: AnswerHead, data: bytes) -> None:
         lean = self._lean
@@ -236,13 +237,13 @@ class LeanCycle(Sink):
         if lean.names:
             after = b"%bx-request-id: %b\r\n" % (after, self._ident)
         end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
-        self._write(b"%b%b%b%d\r\n%b%b%b" % (_OK, lean.default_lines(), before, len(data), after, end, data))
+        self._outlet.write(b"%b%b%b%d\r\n%b%b%b" % (_OK, lean.default_lines(), before, len(data), after, end, data))
         self._complete()
 
     def chunk(self, framed: bytes, size: int) -> None:
         if self._chunked and not self._head:
             self._last = framed
-            self._write(framed)
+            self._outlet.write(framed)
         else:
             self.write(framed[-size - 2 : -2])
 
@@ -305,7 +306,7 @@ class LeanCycle(Sink):
     def _send(self, data: bytes) -> None:
         self._started = True
         self._head = b""
-        self._write(data)
+        self._outlet.write(data)
 
     def _cut_off(self) -> None:
         """Ends the connection so that the client sees that something is missing."""
@@ -326,4 +327,4 @@ class LeanCycle(Sink):
 def _framed(data: bytes) -> bytes:
     """As a chunk of HTTP's chunked coding."""
     size = len(data)
-    return b"%b\r\n%b\r\n" % (_SIZES[size] if size < len(_SIZES) else b"%x" % size, data)
+    return (_SIZES[size] if size < _MOST_SIZES else b"%x\r\n" % size) + data + b"\r\n"

@@ -277,6 +277,30 @@ def test_a_failure_after_the_first_byte_is_said_and_not_retried(four: Frontend) 
     assert idle(four)
 
 
+@pytest.mark.parametrize(
+    ("chunk", "tokens"),
+    [
+        (b"data: 1\n\n", 1),
+        (b"data: 1\r\n\r\n", 1),
+        (b"data: 1\n\ndata: 2\n\n", 2),
+        (b"event: x\ndata: 1\n\n", 1),
+        (b": nothing to say\n\n", 0),
+        (b"ta: 1\n\n", 0),
+        (b'data: "data: 1"\n\n', 1),
+        (b"d", 0),
+    ],
+)
+def test_tokens_are_counted_by_events_however_chunks_come(one: Frontend, chunk: bytes, tokens: int) -> None:
+    forward = one.begin()  # a chat, whose first event names the role
+    sink = one.http.last.sink
+    sink.start(200, [])
+    sink.write(b"data: role\n\n")
+    sink.write(chunk)
+    sink.chunk(b"%x\r\n%b\r\n" % (len(chunk), chunk), len(chunk))
+    assert forward.tokens_so_far == 2 * tokens
+    sink.finish()
+
+
 # -- time ----------------------------------------------------------------------------------------------------
 
 

@@ -259,7 +259,17 @@ def test_after_cancelling_within_a_chunk_nothing_is_heard() -> None:
     play(scene)
 
 
-@given(st.binary(max_size=40) | st.binary(min_size=1, max_size=20).map(chunk))
+def written(data: bytes, digits: int, *, upper: bool) -> bytes:
+    """A chunk with a size of at least so many digits."""
+    size = b"%0*x" % (digits, len(data))
+    return (size.upper() if upper else size) + b"\r\n" + data + b"\r\n"
+
+
+@given(
+    st.binary(max_size=40)
+    | st.binary(min_size=1, max_size=20).map(chunk)
+    | st.builds(written, st.binary(max_size=300), st.integers(1, 9), upper=st.booleans())
+)
 def test_a_chunk_is_one_only_if_it_reads_so(data: bytes) -> None:
     line, _, rest = data.partition(b"\r\n")
     is_hex = 0 < len(line) <= 7 and all(byte in b"0123456789abcdefABCDEF" for byte in line)
