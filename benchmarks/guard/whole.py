@@ -153,13 +153,20 @@ class Whole:
                 self._connect_engine(instance.url)
         self.state = ServerState()
         self.state.default_headers = [(b"date", b"Sun, 22 Nov 2026 08:00:00 GMT")]
-        uconfig = uvicorn.Config(cast("Any", inference), ws="none", lifespan="off", log_config=None, access_log=False)
-        uconfig.load()
-        idle = IdleConnections(loop, 75.0)
-        self.idle = idle
+        self._uvicorn = uvicorn.Config(
+            cast("Any", inference), ws="none", lifespan="off", log_config=None, access_log=False
+        )
+        self._uvicorn.load()
+        self.idle = IdleConnections(loop, 75.0)
+        self._lean = Lean(inference, self.state)
+        self.join()
+
+    def join(self) -> None:
+        """A client connects, one more or the first; it is the one that asks from now on."""
         self.client = Transport()
-        lean = Lean(inference, self.state)
-        self.connection = Connection(uconfig, self.state, {}, self.counters, idle, lean, outbox=outbox)
+        self.connection = Connection(
+            self._uvicorn, self.state, {}, self.counters, self.idle, self._lean, outbox=self._outbox
+        )
         self.connection.connection_made(cast("asyncio.Transport", self.client))
 
     def _connect_engine(self, url: str) -> None:
@@ -199,6 +206,10 @@ class Whole:
                 transport.sent.clear()
                 return connection
         raise AssertionError(self.client.sent)
+
+    def turn(self) -> None:
+        """What is due in this turn of the loop."""
+        self._turns.run()
 
     def deliver(self) -> None:
         """What there is to tell of prompts, to the shared index."""
