@@ -100,7 +100,7 @@ class Inference:
             model, stream, session, tools, text, tokens = body.gist(read, self._estimate)
             if model is not None and len(model) > MOST_NAME:
                 raise BadRequest(f"'model' is longer than {MOST_NAME} characters", param="model")
-            if model is not None and (meant := self._aliases.get(model)) is not None:
+            if self._aliases and model is not None and (meant := self._aliases.get(model)) is not None:
                 model = meant
                 data = replace_member(data, "model", msgspec.json.encode(meant))
             ids: Sequence[int] = ()

@@ -20,6 +20,7 @@ class IdleConnections:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
         self._loop = loop
+        self._time = loop.time
         self._limit_s = limit_s
         self._since: dict[Idler, float] = {}
         """In order of entering, so that the first has been idle longest."""
@@ -31,7 +32,7 @@ class IdleConnections:
     def enter(self, connection: Idler) -> None:
         """From now on it waits for its client: for a request, or for the rest of one."""
         self.leave(connection)
-        self._since[connection] = self._loop.time()
+        self._since[connection] = self._time()
         if self._timer is None:
             self._timer = self._loop.call_later(self._limit_s, self._reap)
 

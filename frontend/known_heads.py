@@ -30,7 +30,7 @@ _LOWER_LENGTH: Final = b"\r\ncontent-length: "
 _AFTER: Final = len(_LENGTH)
 _MOST_DIGITS: Final = 18
 _ZERO: Final = 0x30
-_NINE: Final = 0x39
+_NINE: Final = 9
 
 
 class KnownHeads(Generic[Head]):
@@ -51,9 +51,10 @@ class KnownHeads(Generic[Head]):
             front, behind, head = self._last
             if data.startswith(front):
                 at = len(front)
-                stop = _digits_end(data, at)
-                if data[stop : stop + len(behind)] == behind:
-                    return _fitting(head, data, at, stop, stop + len(behind))
+                stop, size = _number(data, at)
+                body = stop + len(behind)
+                if data[stop:body] == behind:
+                    return (head, data[body:]) if size == len(data) - body else None
         end = data.find(_END)
         at = _digits(data, end) if end > 0 else -1
         if at < 0:
@@ -63,7 +64,8 @@ class KnownHeads(Generic[Head]):
         if found is None:
             return None
         self._last = data[:at], data[stop : end + 4], found
-        return _fitting(found, data, at, stop, end + 4)
+        body = end + 4
+        return (found, data[body:]) if _number(data, at) == (stop, len(data) - body) else None
 
     def learn(self, data: bytes, headers: int, head: Head) -> None:
         """The parser has read a message from the first byte of `data` on: so many headers, and the head means `head`.
@@ -85,22 +87,17 @@ class KnownHeads(Generic[Head]):
             self._known[key] = head
 
 
-def _fitting(head: Head, data: bytes, at: int, stop: int, body: int) -> tuple[Head, bytes] | None:
-    """The head and what follows it, if that is what the digits say."""
-    if not at < stop <= at + _MOST_DIGITS or _digits_end(data, at) != stop:
-        return None
-    size = 0
-    for i in range(at, stop):
-        size = size * 10 + data[i] - _ZERO
-    return (head, data[body:]) if size == len(data) - body else None
-
-
-def _digits_end(data: bytes, at: int) -> int:
-    """Where the digits end that begin there. (By hand: compiled, that is a third of what `find` takes.)"""
-    end, most = at, min(len(data), at + _MOST_DIGITS + 1)
-    while end < most and _ZERO <= data[end] <= _NINE:
+def _number(data: bytes, at: int) -> tuple[int, int]:
+    """Where the digits end that begin there, and what they say; -1: nothing, or too much. (By hand: compiled, that is a
+    third of what `find` takes.)"""
+    end, most, number = at, min(len(data), at + _MOST_DIGITS + 1), 0
+    while end < most:
+        digit = data[end] - _ZERO
+        if not 0 <= digit <= _NINE:
+            break
+        number = number * 10 + digit
         end += 1
-    return end
+    return end, number if 0 < end - at <= _MOST_DIGITS else -1
 
 
 def _digits(data: bytes, end: int) -> int:

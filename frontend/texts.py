@@ -5,7 +5,6 @@ Compiled, unlike the bodies themselves (`frontend/body.py`), which are msgspec's
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Final
 
 _DEEPEST: Final = 8
@@ -36,7 +35,7 @@ def collect(value: Any, texts: list[str], depth: int = _DEEPEST) -> int:
     return 0
 
 
-def collect_chat(messages: Iterable[Any], texts: list[str]) -> int:
+def collect_chat(messages: list[Any], texts: list[str]) -> int:
     """As `collect`, of messages that are objects with a `content` and a `text`."""
     ids = 0
     for message in messages:

@@ -246,7 +246,7 @@ def request_head(authority: bytes, request: UpstreamRequest) -> bytes:
             forms.http = _written(request.method, request.path, shared)
         line, lines = forms.http
         if request.ident:
-            lines += b"\r\nx-request-id: " + request.ident
+            lines = b"%b\r\nx-request-id: %b" % (lines, request.ident)
     if request.body or request.method not in ("GET", "HEAD"):
         return b"%b%b%b\r\nContent-Length: %d\r\n\r\n" % (line, authority, lines, len(request.body))
     return b"%b%b%b\r\n\r\n" % (line, authority, lines)

@@ -90,6 +90,7 @@ class Pool(Owner):
         self.address = Address(url)
         self._limit = limit
         self._loop = loop
+        self._time = loop.time
         self._idle_s = idle_s
         self._connections: set[Connection] = set()
         self._idle: dict[Connection, float] = {}
@@ -158,23 +159,23 @@ class Pool(Owner):
     # -- what connections report ---------------------------------------------------------------------------
 
     def spare(self, connection: Connection) -> None:
-        waiter = next(iter(self._waiting), None)
-        if waiter is not None:
+        if self._waiting:
+            waiter = next(iter(self._waiting))
             del self._waiting[waiter]
             waiter.connecting(connection)
             connection.send(waiter)
         elif self._retired:
             connection.abort()
         else:
-            self._idle[connection] = self._loop.time()
+            self._idle[connection] = self._time()
             if self._reaper is None:
                 self._reaper = self._loop.call_later(self._idle_s, self._reap)
 
     def gone(self, connection: Connection) -> None:
         self._connections.discard(connection)
         self._idle.pop(connection, None)
-        waiter = next(iter(self._waiting), None)
-        if waiter is not None and len(self._connections) < self._limit:
+        if self._waiting and len(self._connections) < self._limit:
+            waiter = next(iter(self._waiting))
             del self._waiting[waiter]
             self._open(waiter)
 
