@@ -1,7 +1,7 @@
 """Many streams of native engines at once, as in the scenario `lock500`, for a profiler that counts instructions:
 
-    valgrind --tool=callgrind --toggle-collect='CPyPy_zmq_peers___Peer___data_received' \\
-      --toggle-collect='CPyPy_zmq___ZmqUpstream____turn' .venv/bin/python -m benchmarks.guard.streams 24
+    PYTHONPATH=build/compiled:. valgrind --tool=callgrind --toggle-collect='CPyPy_zmq_peers___Peer___data_received' \\
+      --toggle-collect='CPyPy_zmq___ZmqUpstream____turn' .venv/bin/python -P -m benchmarks.guard.streams 24
 
 What an event costs, from an engine's bytes to the client's, is the difference of two runs of different length. The
 functions named are those of the compiled build.
