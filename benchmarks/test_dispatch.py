@@ -28,7 +28,7 @@ from frontend import body
 from frontend.breaker import Breaker
 from frontend.dispatch import Dispatcher, make_policies
 from frontend.forwarder import Forwarder
-from frontend.upstream.base import Headers, Sink, UpstreamRequest
+from frontend.upstream.base import Headers, Sink, Upstream, UpstreamRequest
 from tests.support.table import Run
 
 REQUEST = RouteRequest(model="tiny", prompt_tokens=256)
@@ -75,22 +75,14 @@ class Fleet:
         self.forwarder = Forwarder(self.run.config, self.dispatcher, counters, silent, silent, loop)
 
 
-class Silent(Sink):
-    """A transport, a call, a client, a loop: all of them do nothing, at the cost of a call."""
+class Silent(Upstream):
+    """A transport, a call, a loop: all of them do nothing, at the cost of a call."""
 
     def open(self, instance: object, request: object, sink: object) -> Silent:
         return self
 
     def call_later(self, delay: float, call: object) -> Silent:
         return self
-
-    def start(self, status: int, headers: Headers) -> None: ...
-
-    def write(self, data: bytes) -> None: ...
-
-    def fail(self, error: object) -> None: ...
-
-    def finish(self) -> None: ...
 
     def cancel(self) -> None: ...
 
@@ -99,6 +91,18 @@ class Silent(Sink):
     def resume(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Nobody(Sink):
+    """A client that does not listen."""
+
+    def start(self, status: int, headers: Headers) -> None: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def fail(self, error: object) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 @pytest.fixture
@@ -153,7 +157,7 @@ def test_choose_by_prompt_and_close(benchmark: BenchmarkFixture, fleet: Fleet, k
 def test_forward_a_request(benchmark: BenchmarkFixture, fleet: Fleet, chunks: int) -> None:
     """A whole life in `Forward`, transport and client left out; the log line too."""
     request = UpstreamRequest(path="/v1/chat/completions", headers=[], body=b"{}")
-    client: Sink = Silent()
+    client = Nobody()
 
     def life() -> None:
         forward = fleet.forwarder.forward(b"id", REQUEST, request, client)

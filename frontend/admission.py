@@ -23,16 +23,15 @@ import itertools
 import time
 from collections.abc import Callable, Collection
 
-from broker.route import RouteRequest
-
 from broker import wire
 from broker.config import Config
 from broker.counters import FrontendCounters, Histogram, TotalColumn
 from broker.errors import PenstockError, QueueFull, QueueTimeout
+from broker.route import RouteRequest
 from broker.saturation import Saturation
 from broker.types import Instance
 from broker.view import TableReader
-from frontend.dispatch import Choice, Chosen, Dispatcher, RemoteChoice
+from frontend.dispatch import Choice, Chooser, Chosen, Dispatcher, RemoteChoice
 from frontend.remote import Guests
 from frontend.standing import Waiting, standing
 from frontend.upstream.base import Headers
@@ -48,7 +47,7 @@ ATTEMPTS = 4
 """Choices that turned out full in the meantime, until the request waits."""
 
 
-class Admission:
+class Admission(Chooser):
     """A frontend's `Chooser` of single instances. Owns its waiting requests; everything on the loop's thread."""
 
     def __init__(
@@ -64,7 +63,7 @@ class Admission:
     ) -> None:
         """`send` says whether the scheduler will get the message; `forget` hears of instances of other hosts that are
         no longer used."""
-        self.breaker = dispatcher.breaker
+        super().__init__(dispatcher.breaker)
         self.loop = loop
         self.timeout_s = config.scheduler.queue_timeout_secs
         self._table = table

@@ -7,9 +7,8 @@ this process does anything else.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
 
-from broker.route import RouteRequest
+from mypy_extensions import mypyc_attr
 
 from broker.config import Config
 from broker.counters import FrontendCounters
@@ -18,6 +17,7 @@ from broker.lease import Lease, take
 from broker.policies import Options, Policy, frontend_rng, in_use, make_policy
 from broker.policies.base import Why
 from broker.prefix import PrefixIndex
+from broker.route import RouteRequest
 from broker.types import Instance, Role
 from broker.view import TableReader, View
 from frontend.breaker import Breaker
@@ -32,47 +32,55 @@ RETRIED_STATUSES = frozenset((502, 503))
 """An engine, or what stands in front of it, says that it cannot take the request: another one may."""
 
 
-class Chosen(Protocol):
-    """Who got a request: one instance (`Choice`), or a pair of them (`frontend.pair`)."""
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Chosen:
+    """Who got a request: one instance (`Choice`), or a pair (`frontend.pair`). A base class, as `Sink` is one."""
 
-    @property
-    def instance(self) -> Instance:
+    def __init__(self, instance: Instance, lease: Lease) -> None:
+        self.instance = instance
         """Whose answer is the client's."""
-
-    @property
-    def lease(self) -> Lease:
+        self.lease = lease
         """Counts the request there; whoever has the choice closes it."""
 
     @property
     def suspects(self) -> Collection[Lease]:
         """Who is to blame, and not to be tried again, if the attempt fails now. At least one."""
+        return (self.lease,)
 
     @property
     def retried(self) -> Collection[int]:
         """Statuses after which the request may be tried elsewhere."""
+        return RETRIED_STATUSES
 
     @property
     def where(self) -> str:
         """For log lines."""
+        return self.instance.url
 
     @property
     def legs(self) -> tuple[Choice, ...]:
         """Each instance, and the lease that counts the request there; in the order of choice."""
+        raise NotImplementedError
 
     def open(self, upstream: Callable[[Instance], Upstream], request: UpstreamRequest, sink: Sink) -> Call:
         """Sends the request; the contract of `Upstream.open`."""
+        raise NotImplementedError
 
 
-class Chooser(Protocol):
-    """What a request needs to find its instance."""
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Chooser:
+    """What a request needs to find its instance. A base class, as `Sink` is one."""
 
-    breaker: Breaker
+    def __init__(self, breaker: Breaker) -> None:
+        self.breaker = breaker
 
     def choose(self, request: RouteRequest, tried: Collection[int], now: float) -> Chosen:
         """Others than the slots in `tried`, where there are any. Raises `PenstockError`; nothing is held then."""
+        raise NotImplementedError
 
     def placed(self, request: RouteRequest, chosen: Chosen) -> None:
         """The request is being sent there, however it was chosen. Whoever forwards says so of every attempt."""
+        raise NotImplementedError
 
 
 class Considered:
@@ -86,7 +94,7 @@ class Considered:
         self.role = role
 
 
-class Choice:
+class Choice(Chosen):
     """An instance, and the lease that counts the request there."""
 
     def __init__(
@@ -98,8 +106,7 @@ class Choice:
         left_out: Collection[int] = (),
     ) -> None:
         """What it was made of, as in `Considered`. No `view`: nobody chose, it was granted."""
-        self.instance = instance
-        self.lease = lease
+        super().__init__(instance, lease)
         self._view = view
         self._why = why
         self._left_out = left_out
@@ -109,18 +116,6 @@ class Choice:
         """Made for whoever asks, as nearly nobody does; None: nobody chose."""
         view = self._view
         return None if view is None else Considered(view, self._why, self._left_out, self.instance.role)
-
-    @property
-    def suspects(self) -> tuple[Lease]:
-        return (self.lease,)
-
-    @property
-    def retried(self) -> Collection[int]:
-        return RETRIED_STATUSES
-
-    @property
-    def where(self) -> str:
-        return self.instance.url
 
     @property
     def legs(self) -> tuple[Choice, ...]:
@@ -143,18 +138,18 @@ class RemoteChoice(Choice):
         return f"{self.instance.url}@{self.host}"
 
 
-class Dispatcher:
+class Dispatcher(Chooser):
     """Chooses instances for one frontend. Owns its policies, their draws and its breaker."""
 
     def __init__(
         self, table: TableReader, counters: FrontendCounters, policies: Mapping[Role, Policy], breaker: Breaker
     ) -> None:
+        super().__init__(breaker)
         self._table = table
         self._counters = counters
         self._policies = policies
         self.sessions: Mapping[Role, Sessions] = {}
         """Roles whose policy remembers prompts; set by the frontend's process."""
-        self.breaker = breaker
 
     def choose(self, request: RouteRequest, tried: Collection[int], now: float, unfit: Collection[int] = ()) -> Choice:
         """An instance other than those of the slots in `tried`, where there is one, and never one of `unfit`.

@@ -19,7 +19,7 @@ from broker.lease import Lease
 from broker.route import RouteRequest
 from broker.types import Connector, Instance, Role
 from frontend.admission import Admission
-from frontend.dispatch import TAKES, Choice, Chosen, Dispatcher
+from frontend.dispatch import TAKES, Choice, Chooser, Chosen, Dispatcher
 from frontend.paircall import PairCall
 from frontend.pairline import LegLine, NoRoom
 from frontend.partners import Fleet, Partners
@@ -61,7 +61,7 @@ class Legs(Protocol):
     ) -> Choice: ...
 
 
-class Pairer:
+class Pairer(Chooser):
     """Chooses prefill and decode, in this order. Owned by the frontend's process."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Pairer:
         line: Admission | None = None,
     ) -> None:
         """`line`: where requests stand that find no room; without one, they wait in the engines."""
-        self.breaker = dispatcher.breaker
+        super().__init__(dispatcher.breaker)
         self.rng = rng
         self.loop = loop
         self.terms = terms or Terms()
@@ -190,31 +190,32 @@ def _decode(request: RouteRequest) -> RouteRequest:
     return request.leg(Role.DECODE, 0)
 
 
-class PairChoice:
+class PairChoice(Chosen):
     """A pair, and the two leases that count the request there."""
 
-    __slots__ = ("decode", "given_up", "pairer", "pairing", "prefill", "suspects")
+    __slots__ = ("_suspects", "decode", "given_up", "pairer", "pairing", "prefill")
 
     def __init__(self, pairer: Pairer, pairing: Pairing, prefill: Choice, decode: Choice, given_up: int = 0) -> None:
         """`given_up`: how many instances were, in earlier attempts."""
+        super().__init__(decode.instance, decode.lease)
         self.pairer = pairer
         self.pairing = pairing
         self.prefill = prefill
         self.decode = decode
         self.given_up = given_up
-        self.suspects: tuple[Lease, ...] = (prefill.lease,) if pairing.sequential else (decode.lease, prefill.lease)
-        """Who is to blame if the attempt ends now; its call keeps this true."""
+        self._suspects: tuple[Lease, ...] = (prefill.lease,) if pairing.sequential else (decode.lease, prefill.lease)
 
     def __repr__(self) -> str:
         return f"PairChoice({self.where})"
 
     @property
-    def instance(self) -> Instance:
-        return self.decode.instance
+    def suspects(self) -> tuple[Lease, ...]:
+        return self._suspects
 
-    @property
-    def lease(self) -> Lease:
-        return self.decode.lease
+    @suspects.setter
+    def suspects(self, leases: tuple[Lease, ...]) -> None:
+        """The call keeps this true."""
+        self._suspects = leases
 
     @property
     def retried(self) -> Collection[int]:

@@ -175,10 +175,13 @@ class Call(Protocol):
         """Write again; what was held comes in a later turn of the loop."""
 
 
-class Upstream(Protocol):
-    """A transport."""
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Upstream:
+    """A transport. A base class, as `Sink` is one."""
 
-    def open(self, instance: Instance, request: UpstreamRequest, sink: Sink) -> Call: ...
+    def open(self, instance: Instance, request: UpstreamRequest, sink: Sink) -> Call:
+        raise NotImplementedError
 
     def close(self) -> None:
         """Ends every connection; calls still open hear `fail`."""
+        raise NotImplementedError

@@ -21,7 +21,7 @@ from broker.faces import face_of
 from broker.types import Instance
 from frontend.known_heads import KnownHeads
 from frontend.outbox import Outbox
-from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, UpstreamRequest
+from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, Upstream, UpstreamRequest
 from frontend.upstream.http_connection import Connection
 from frontend.upstream.http_pool import IDLE_S, Pool, Waiter
 
@@ -29,7 +29,7 @@ _NOT_SENT: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 """Ours to say, or already served: the body follows at once, so there is nothing to expect."""
 
 
-class HttpUpstream:
+class HttpUpstream(Upstream):
     """`Upstream` for HTTP engines. Create it on the running loop that it will live on."""
 
     def __init__(self, config: Config, outbox: Outbox | None = None, *, idle_s: float = IDLE_S) -> None:

@@ -34,7 +34,7 @@ from broker.errors import (
 from broker.types import Instance
 from broker.zmtp import MAX_MESSAGE_BYTES
 from frontend.outbox import Outbox
-from frontend.upstream.base import AnswerHead, Call, Sink, UpstreamRequest
+from frontend.upstream.base import AnswerHead, Call, Sink, Upstream, UpstreamRequest
 from frontend.upstream.zmq_call import JSON, ZmqCall
 from frontend.upstream.zmq_peers import Peer, Peers
 from frontend.upstream.zmq_request import encoded
@@ -58,7 +58,7 @@ class Dropped:
     foreign_incarnation: int = 0
 
 
-class ZmqUpstream:
+class ZmqUpstream(Upstream):
     """`Upstream` for native engines. Create it on the running loop that it will live on."""
 
     def __init__(

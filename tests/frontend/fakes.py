@@ -20,7 +20,7 @@ from frontend.breaker import Breaker
 from frontend.dispatch import Dispatcher, make_policies
 from frontend.forward import Forward
 from frontend.forwarder import Forwarder
-from frontend.upstream.base import Headers, Sink, UpstreamRequest
+from frontend.upstream.base import Headers, Sink, Upstream, UpstreamRequest
 from tests.support.table import Run
 
 
@@ -89,7 +89,7 @@ class FakeCall:
         self.sink.finish()
 
 
-class FakeUpstream:
+class FakeUpstream(Upstream):
     def __init__(self) -> None:
         self.calls: list[FakeCall] = []
 

@@ -15,7 +15,7 @@ from broker.config import Server
 from broker.types import Instance
 from frontend.api import Inference
 from frontend.lean import Lean
-from frontend.upstream.base import Sink, UpstreamRequest
+from frontend.upstream.base import Sink, Upstream, UpstreamRequest
 from tests.frontend.conformance import LIMIT
 from tests.frontend.fakes import FakeCall, Frontend
 from tests.frontend.wire import Path, Wire
@@ -23,7 +23,7 @@ from tests.frontend.wire import Path, Wire
 SERVER = Server(max_body_bytes=LIMIT)
 
 
-class Engine:
+class Engine(Upstream):
     """An upstream that answers every request at once, in a turn of its own."""
 
     def __init__(self) -> None:
