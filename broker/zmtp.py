@@ -19,6 +19,8 @@ from typing import Final
 from broker.errors import UpstreamBroken, WireError
 
 MAX_MESSAGE_BYTES: Final = 128 * 1024 * 1024
+COPIED_BYTES: Final = 1024
+"""Up to so many it costs less to copy a message than to make a view of it."""
 
 _MORE: Final = 1
 _LONG: Final = 2
@@ -59,7 +61,19 @@ class Reader:
     """What the other side says. `feed`, then `next` or `parts` until it has no more; all of them raise `UpstreamBroken`
     when there is nothing to be hoped for from this connection."""
 
-    __slots__ = ("_at", "_data", "_held", "_is_first", "_limit", "_missing", "_more", "_parts", "_state", "replies")
+    __slots__ = (
+        "_at",
+        "_begin",
+        "_data",
+        "_held",
+        "_is_first",
+        "_limit",
+        "_missing",
+        "_more",
+        "_parts",
+        "_state",
+        "replies",
+    )
 
     def __init__(self, limit: int = MAX_MESSAGE_BYTES) -> None:
         """`limit`: bytes of a frame."""
@@ -71,7 +85,8 @@ class Reader:
         self._is_first = True  # the next frame, of its message
         self._parts: list[bytes] = []  # of a message whose last frame has not come
         self._data = b""
-        self._at = 0
+        self._begin = 0  # of the last frame
+        self._at = 0  # its end
         self._held: list[bytes] = []  # the pieces of what is not whole yet: joined once, however large it is
         self._missing = 0
 
@@ -93,17 +108,18 @@ class Reader:
             data = self._data[self._at :] + data
         self._data, self._at = data, 0
 
-    def next(self) -> bytes | None:
-        """The next message; None: the rest of it has not come. Raises `WireError` for one of several frames, which is
-        passed over."""
+    def next(self) -> bytes | memoryview | None:
+        """The next message, or a view of a long one; None: the rest of it has not come. Raises `WireError` for one of
+        several frames, which is passed over."""
         while True:
-            frame = self._frame()
-            if frame is None:
+            if not self._frame():
                 return None
             if self._more:
                 self._is_first = False
             elif self._is_first:
-                return frame
+                # The deltas of a hundred streams would be copied, to be taken apart and forgotten.
+                long = self._at - self._begin > COPIED_BYTES
+                return memoryview(self._data)[self._begin : self._at] if long else self._data[self._begin : self._at]
             else:
                 self._is_first = True
                 raise WireError("more than one frame")
@@ -111,30 +127,30 @@ class Reader:
     def parts(self, most: int) -> list[bytes] | None:
         """The frames of the next message, the first `most` of them; None: the rest of it has not come."""
         while True:
-            frame = self._frame()
-            if frame is None:
+            if not self._frame():
                 return None
             if len(self._parts) < most:
-                self._parts.append(frame)
+                self._parts.append(self._data[self._begin : self._at])
             if not self._more:
                 parts, self._parts = self._parts, []
                 return parts
 
-    def _frame(self) -> bytes | None:
-        """The next one, which says whether there are more of its message; None: the rest of it has not come."""
+    def _frame(self) -> bool:
+        """Goes on to the next one: where it begins and ends, and whether there are more of its message. False: the rest
+        of it has not come."""
         if self._state == 0 and not self._greeted():
-            return None
+            return False
         while True:
             data, at = self._data, self._at
             left = len(data) - at
             if left < 2:
                 self._hold(2 - left)
-                return None
+                return False
             flags = data[at]
             if flags & _LONG:
                 if left < 9:
                     self._hold(9 - left)
-                    return None
+                    return False
                 at += 9
                 size = data[at - 4] << 24 | data[at - 3] << 16 | data[at - 2] << 8 | data[at - 1]
                 if size > self._limit or data[at - 8] | data[at - 7] | data[at - 6] | data[at - 5]:
@@ -146,16 +162,15 @@ class Reader:
             end = at + size
             if end > len(data):
                 self._hold(end - len(data))
-                return None
-            self._at = end
-            body = data[at:end]
+                return False
+            self._begin, self._at = at, end
             if flags & _COMMAND:
-                self._obey(body)
+                self._obey(data[at:end])
             elif self._state != 2:
                 raise UpstreamBroken("the engine's greeting is none of ZMTP: a message came before READY")
             else:
                 self._more = flags & _MORE != 0
-                return body
+                return True
 
     def _hold(self, missing: int) -> None:
         """Keeps what is left until so much more has come."""

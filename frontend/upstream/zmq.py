@@ -237,7 +237,7 @@ class ZmqUpstream(Upstream):
         elif was_paused:
             peer.resume_reading()
 
-    def _understand(self, peer: Peer, frame: bytes) -> None:
+    def _understand(self, peer: Peer, frame: bytes | memoryview) -> None:
         """One message of an engine. Raises `WireError` for what is none."""
         try:
             tag, incarnation, deltas = _decode_step(frame)
@@ -258,7 +258,7 @@ class ZmqUpstream(Upstream):
             if call is not None and call.peer is peer and call.hear(delta[1], delta[2], delta[3]):
                 ready.append(call)
 
-    def _understand_any(self, peer: Peer, frame: bytes) -> None:
+    def _understand_any(self, peer: Peer, frame: bytes | memoryview) -> None:
         """What `_understand` does, of whatever it may be."""
         try:
             fields = _decode(frame)
