@@ -6,7 +6,7 @@ this process does anything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 from mypy_extensions import mypyc_attr
 
@@ -22,7 +22,7 @@ from broker.types import Instance, Role
 from broker.view import TableReader, View
 from frontend.breaker import Breaker
 from frontend.sessions import Sessions
-from frontend.upstream.base import Call, Sink, Upstream, UpstreamRequest
+from frontend.upstream.base import Call, Sink, UpstreamRequest, Upstreams
 
 TAKES = 8
 """Picks whose slot changed before it could be taken, until the request is refused: the fleet cannot churn faster."""
@@ -62,7 +62,7 @@ class Chosen:
         """Each instance, and the lease that counts the request there; in the order of choice."""
         raise NotImplementedError
 
-    def open(self, upstream: Callable[[Instance], Upstream], request: UpstreamRequest, sink: Sink) -> Call:
+    def open(self, upstreams: Upstreams, request: UpstreamRequest, sink: Sink) -> Call:
         """Sends the request; the contract of `Upstream.open`."""
         raise NotImplementedError
 
@@ -121,8 +121,8 @@ class Choice(Chosen):
     def legs(self) -> tuple[Choice, ...]:
         return (self,)
 
-    def open(self, upstream: Callable[[Instance], Upstream], request: UpstreamRequest, sink: Sink) -> Call:
-        return upstream(self.instance).open(self.instance, request, sink)
+    def open(self, upstreams: Upstreams, request: UpstreamRequest, sink: Sink) -> Call:
+        return upstreams.upstream(self.instance).open(self.instance, request, sink)
 
 
 class RemoteChoice(Choice):

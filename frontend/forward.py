@@ -373,7 +373,7 @@ class Forward(Sink):
             self._story.chosen(choice.legs)
         if shared.first_byte_s:
             self._arm(shared.first_byte_s)
-        self._call = choice.open(shared.upstream, self._asked[1], self)
+        self._call = choice.open(shared, self._asked[1], self)
         if self._paused:
             self._call.pause()
 

@@ -22,14 +22,14 @@ from frontend.forward import Forward
 from frontend.pairings import Pairings
 from frontend.story import Story
 from frontend.tokenizer import Tokenizer
-from frontend.upstream.base import Sink, Upstream, UpstreamRequest
+from frontend.upstream.base import Sink, Upstream, UpstreamRequest, Upstreams
 
 _MOST_PATH: Final = MOST_PATH  # one that the compiler knows
 _NATIVE: Final = EngineKind.NATIVE
 """To ask an instance for its engine takes a tenth of what its `is_native` does."""
 
 
-class Forwarder:
+class Forwarder(Upstreams):
     """Makes the requests of a frontend, and owns the set of those under way."""
 
     def __init__(

@@ -7,7 +7,7 @@ What a pair then does with the request is `frontend.paircall`'s; retries, counte
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from random import Random, SystemRandom
 from typing import NamedTuple, Protocol
 
@@ -17,13 +17,13 @@ from broker.errors import NoInstance, PenstockError
 from broker.faces import face_of
 from broker.lease import Lease
 from broker.route import RouteRequest
-from broker.types import Connector, Instance, Role
+from broker.types import Connector, Role
 from frontend.admission import Admission
 from frontend.dispatch import TAKES, Choice, Chooser, Chosen, Dispatcher
 from frontend.paircall import PairCall
 from frontend.pairline import LegLine, NoRoom
 from frontend.partners import Fleet, Partners
-from frontend.upstream.base import Call, Sink, Upstream, UpstreamRequest
+from frontend.upstream.base import Call, Sink, UpstreamRequest, Upstreams
 from frontend.waiting import Saturated
 
 
@@ -237,8 +237,8 @@ class PairChoice(Chosen):
             self.pairer.breaker.succeeded(lease.slot)
             self.suspects = (self.lease,)
 
-    def open(self, upstream: Callable[[Instance], Upstream], request: UpstreamRequest, sink: Sink) -> Call:
-        call = PairCall(self, upstream, request, sink)
+    def open(self, upstreams: Upstreams, request: UpstreamRequest, sink: Sink) -> Call:
+        call = PairCall(self, upstreams, request, sink)
         try:
             call.begin()
         except PenstockError as error:

@@ -33,7 +33,7 @@ from broker.lease import Lease
 from broker.types import Instance
 from frontend.held import Held
 from frontend.timers import Timers
-from frontend.upstream.base import Call, Headers, Sink, Upstream, UpstreamRequest
+from frontend.upstream.base import Call, Headers, Sink, UpstreamRequest, Upstreams
 
 if TYPE_CHECKING:
     from frontend.pair import PairChoice
@@ -87,18 +87,18 @@ class PairCall:
         "_state",
         "_terms",
         "_timers",
-        "_upstream",
+        "_upstreams",
     )
 
     def __init__(
         self,
         choice: PairChoice,
-        upstream: Callable[[Instance], Upstream],
+        upstreams: Upstreams,
         request: UpstreamRequest,
         sink: Sink,
     ) -> None:
         self._choice = choice
-        self._upstream = upstream
+        self._upstreams = upstreams
         self._request = request
         self._sink = sink
         self._terms = choice.pairer.terms
@@ -355,7 +355,7 @@ class PairCall:
             stream=self._request.stream if leg.stream is None else leg.stream,
             transfer=leg.transfer,
         )
-        return self._upstream(instance).open(instance, request, sink)
+        return self._upstreams.upstream(instance).open(instance, request, sink)
 
     def _open_decode(self, leg: Leg) -> None:
         sink = LegSink(self.decode_starts, self.decode_writes, self.decode_finishes, self.decode_fails)

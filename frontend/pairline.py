@@ -19,9 +19,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from broker.route import RouteRequest
-
 from broker.errors import PenstockError
+from broker.route import RouteRequest
 from broker.types import Role
 from frontend.dispatch import Choice, Chosen
 from frontend.upstream.base import Headers

@@ -18,12 +18,11 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from broker.route import RouteRequest
-
 from broker.config import Scheduler
 from broker.engines import DIALECTS
 from broker.errors import PenstockError
 from broker.lease import Lease
+from broker.route import RouteRequest
 from broker.saturation import FULL_REPORTS, Saturation
 from broker.table import Column
 from broker.types import Trust

@@ -7,9 +7,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from broker.route import RouteRequest
-
 from broker import wire
+from broker.route import RouteRequest
 from frontend.upstream.base import Headers
 from frontend.waiting import Waiter
 

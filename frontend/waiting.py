@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from broker.route import RouteRequest
-
 from broker.errors import PenstockError
+from broker.route import RouteRequest
 from frontend.dispatch import Chosen, Considered
 from frontend.upstream.base import Headers
 

@@ -185,3 +185,11 @@ class Upstream:
     def close(self) -> None:
         """Ends every connection; calls still open hear `fail`."""
         raise NotImplementedError
+
+
+class Upstreams:
+    """Every transport that there is."""
+
+    def upstream(self, instance: Instance) -> Upstream:
+        """The one that leads there."""
+        raise NotImplementedError

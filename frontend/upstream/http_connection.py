@@ -216,12 +216,15 @@ class Connection:
         transport = self._transport
         assert transport is not None
         # An early answer (while the body is still being sent) is the reader's business, and so is one without a body.
-        if known is None or not known[1] or self._is_unsent(transport) or transport.is_closing():
+        if known is None:
+            return False
+        head, body = known
+        if not body or self._is_unsent(transport) or transport.is_closing():
             return False
         self.exchange = None
         self._used = True
         self._owner.spare(self)
-        exchange.answer(*known)
+        exchange.answer(head, body)
         return True
 
     def pause_writing(self) -> None:
