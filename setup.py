@@ -36,6 +36,7 @@ REQUEST_PATH = (
     "broker/zmtp.py",
     "broker/policies/draw.py",
     "broker/policies/cache_aware.py",
+    "broker/policies/policy.py",
     "broker/policies/request_num.py",
     "broker/policies/round_robin.py",
     "broker/prefix/index.py",

@@ -158,10 +158,10 @@ def outcome(status: int) -> CounterColumn:
 
 def histogram_column(histogram: Histogram) -> int:
     """The first bucket's column; `len(BOUNDS_S) + 1` buckets follow one another, then the sum."""
-    return len(TotalColumn) + histogram * (_BUCKETS + 1)
+    return _HISTOGRAMS + histogram * (_BUCKETS + 1)
 
 
-_FIRST: Final = [histogram_column(histogram) for histogram in Histogram]
+_HISTOGRAMS: Final = len(TotalColumn)
 
 
 def counters_layout(frontends: int, slots: int) -> Layout:
@@ -214,7 +214,8 @@ class FrontendCounters(CounterRow):
         self.totals.release()
 
     def observe(self, histogram: Histogram, seconds: float) -> None:
-        bucket = _FIRST[histogram]
+        number: int = histogram
+        bucket = _HISTOGRAMS + number * (_BUCKETS + 1)
         rest = bucket + _BUCKETS
         for bound in BOUNDS_S:  # most are among the first, and this takes no call
             if seconds <= bound:

@@ -99,7 +99,24 @@ _wheres: Final[dict[tuple[str, str | None, str, str], str]] = {}
 """They come again with every request; bounded, as paths and models are the clients' words."""
 
 
+class _Where:
+    """What was said last of an instance, which is most often said again."""
+
+    def __init__(self, path: str, model: str | None, policy: str, said: str) -> None:
+        self.path = path
+        self.model = model
+        self.policy = policy
+        self.said = said
+
+
+_last: Final[dict[str, _Where]] = {}
+"""By instance; as bounded."""
+
+
 def _where(path: str, model: str | None, instance: str, policy: str) -> str:
+    last = _last.get(instance)
+    if last is not None and last.path == path and last.model == model and last.policy == policy:
+        return last.said
     key = path, model, instance, policy
     known = _wheres.get(key)
     if known is None:
@@ -108,6 +125,9 @@ def _where(path: str, model: str | None, instance: str, policy: str) -> str:
         shown = printable(path.partition("?")[0])
         known = f"path={shown} model={printable(model or '-')} instance={instance} policy={policy}"
         _wheres[key] = known
+    if last is None and len(_last) >= _MOST_WHERE:
+        _last.clear()
+    _last[instance] = _Where(path, model, policy, known)
     return known
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from broker.route import RouteRequest
 from numpy.typing import NDArray
 
 from benchmarks.routing.engine import Change, Engine, Job
-from broker.policies.base import FEW, Policy
+from broker.policies import Policy
+from broker.policies.base import FEW
 from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, prefix_layout
+from broker.route import RouteRequest
 from broker.types import Trust
 from broker.wire import RoutingNotices
 from shm.segment import Segment

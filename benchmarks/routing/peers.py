@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from random import Random
 
-from broker.route import RouteRequest
-
 from broker.policies.base import Loads, least
+from broker.route import RouteRequest
 
 CHARS = 16
 """Grain of the tree here."""

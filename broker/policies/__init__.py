@@ -8,10 +8,11 @@ from random import Random
 
 from broker.config import Config, PolicyName, Scheduler
 from broker.errors import ConfigError
-from broker.policies.base import Loads, Options, Picker, Policy
+from broker.policies.base import Loads, Options, Picker
 from broker.policies.cache_aware import CacheAware
 from broker.policies.fd_metrics_score import FdMetricsScore
 from broker.policies.fd_remote_metrics_score import FdRemoteMetricsScore
+from broker.policies.policy import Policy
 from broker.policies.power_of_two import PowerOfTwo
 from broker.policies.prefix_cost import PrefixCost
 from broker.policies.process_tokens import ProcessTokens

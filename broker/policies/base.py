@@ -8,7 +8,7 @@ granted elsewhere, an attempt repeated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -19,7 +19,7 @@ from broker.config import Scheduler
 from broker.policies.draw import FEW, least
 from broker.route import RouteRequest
 
-__all__ = ["FEW", "Loads", "Numbers", "Options", "Picker", "Policy", "Vector", "Why", "least"]
+__all__ = ["FEW", "Loads", "Numbers", "Options", "Picker", "Vector", "Why", "least"]
 
 Vector = NDArray[np.int64]
 Numbers = Sequence[float] | Vector | NDArray[np.float64]
@@ -105,24 +105,3 @@ class Picker(Protocol):
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
         """The slot of one candidate. No I/O, no waiting, microseconds; never raises for a view that has candidates."""
-
-
-class Policy(Picker, Protocol):
-    """And what the choice means for the instance."""
-
-    @property
-    def counts_prompts(self) -> bool:
-        """Tokens are the work that waits: they count until the answer begins. Else as long as the request."""
-
-    @property
-    def why(self) -> Why | None:
-        """How the last pick came about; None where the view says it all."""
-
-    def tokens(self, request: RouteRequest, slot: int) -> int:
-        """Prompt tokens that the request is to count at the instance in `slot`, whoever chose it."""
-
-    def placed(self, request: RouteRequest, slot: int) -> None:
-        """The request goes there now. Said of every attempt, and of nothing that was only considered."""
-
-    def cached(self, request: RouteRequest) -> Mapping[int, int]:
-        """Tokens of the prompt that instances have been sent before, by slot; none where prompts are not looked up."""

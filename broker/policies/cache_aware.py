@@ -8,11 +8,12 @@ from random import Random
 import numpy as np
 
 from broker.policies.base import FEW, Loads, Options, Vector, Why, least
+from broker.policies.policy import Policy
 from broker.prefix import PrefixIndex
 from broker.route import RouteRequest
 
 
-class CacheAware:
+class CacheAware(Policy):
     """Smallest `(100 - hit) / 100 x hit-ratio-weight + load / max load x load-balance-weight`; load is live requests.
 
     The original's rule: when the loads differ by more than both balance thresholds, or the prompt has no text, the
@@ -24,9 +25,8 @@ class CacheAware:
     middle of it; the memory is shared by all frontends and survives restarts.
     """
 
-    counts_prompts = False
-
     def __init__(self, options: Options, rng: Random, index: PrefixIndex) -> None:
+        super().__init__(counts_prompts=False)
         self._abs_threshold = options.balance_abs_threshold
         self._rel_threshold = options.balance_rel_threshold
         self._load_weight = options.load_balance_weight
@@ -37,7 +37,6 @@ class CacheAware:
         self._index = index
         self._by_load: RouteRequest | None = None
         """The request picked for last, if its prompt had no part in it."""
-        self.why: Why | None = None
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
         return self.decide(request, view, view.requests)

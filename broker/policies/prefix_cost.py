@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from broker.policies.backlog import Backlog
 from broker.policies.base import Loads, Why, least
+from broker.policies.policy import Policy
 from broker.prefix import Match, PrefixIndex
 from broker.route import RouteRequest
 
@@ -43,7 +44,7 @@ _EDGES = np.arange(SAMPLES + 1, dtype=np.float64)
 _MIDDLES = _EDGES[:-1] + 0.5
 
 
-class PrefixCost:
+class PrefixCost(Policy):
     """Least cost of these four. Their unit is a prompt token's computation, so no setting depends on the tokenizer, on
     the engines' speed or on their number:
 
@@ -77,9 +78,8 @@ class PrefixCost:
     Two frontends know nothing of each other's `SPENT`, and need not: each keeps its own requests even.
     """
 
-    counts_prompts = True
-
     def __init__(self, rng: Random, index: PrefixIndex, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(counts_prompts=True)
         self._rng = rng
         self._index = index
         self._clock = clock
@@ -90,7 +90,6 @@ class PrefixCost:
         """Uncached tokens of a request."""
         self._spent: Costs = np.zeros(index.slots)
         """Uncached tokens sent to each slot by this frontend, fading."""
-        self.why: Why | None = None
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
         """Costs are relative: a constant for all candidates is left out."""
