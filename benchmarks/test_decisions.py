@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from broker.route import RouteRequest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from broker.config import Scheduler, Server
+from broker.route import RouteRequest
 from frontend.decisions import Decisions
 from frontend.explain import Explainer
 from frontend.upstream.base import UpstreamRequest

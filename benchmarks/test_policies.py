@@ -13,13 +13,13 @@ from random import Random
 
 import numpy as np
 import pytest
-from broker.route import RouteRequest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from broker.config import Config, Shm
 from broker.counters import CounterColumn, FrontendCounters, Roster, attach_counters, create_counters
 from broker.policies import POLICIES, Options, frontend_rng, make_policy
 from broker.policies.base import least
+from broker.route import RouteRequest
 from broker.table import create_table
 from broker.table_writer import TableWriter
 from broker.types import Instance, LoadReport, Role

@@ -16,13 +16,13 @@ from random import Random
 import numpy as np
 import pytest
 import xxhash
-from broker.route import RouteRequest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from broker.policies import Options, make_policy
 from broker.policies.base import FEW, Vector
 from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, prefix_layout
 from broker.prefix.keys import compiled, namespace, text_keys
+from broker.route import RouteRequest
 from broker.types import Trust
 from broker.wire import RoutingNotices
 from shm.hashtable import TableWriter

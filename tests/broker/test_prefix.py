@@ -8,7 +8,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from broker.route import RouteRequest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from broker.policies.prefix_cost import PrefixCost
 from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, create_prefix, prefix_layout
 from broker.prefix.index import BATCH_BYTES, OUTBOX_BYTES, PENDING
 from broker.prefix.keys import BLOCKS, alike, compiled, namespace, text_keys, token_keys
+from broker.route import RouteRequest
 from broker.wire import RoutingNotices
 from shm.segment import Segment
 from tests.support.loads import FakeLoads

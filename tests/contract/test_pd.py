@@ -16,10 +16,10 @@ import msgspec
 import pytest
 import uvloop
 import zmq
-from broker.route import RouteRequest
 
 from broker.config import Server, Timeouts
 from broker.errors import PenstockError, UpstreamBroken, UpstreamTimeout
+from broker.route import RouteRequest
 from broker.types import Connector, EngineKind, FastDeployFields, PairFields, Role
 from frontend.breaker import Breaker
 from frontend.dispatch import Dispatcher, make_policies

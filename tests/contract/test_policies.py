@@ -10,7 +10,6 @@ from typing import get_args
 import msgspec
 import numpy as np
 import pytest
-from broker.route import RouteRequest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from broker.config import Config, PolicyName, Scheduler, Server, build
 from broker.errors import ConfigError
 from broker.faces import FD_ROUTER
 from broker.policies import INDEXED, POLICIES, Options, Policy, frontend_rng, in_use, make_policy, need_index
+from broker.route import RouteRequest
 from broker.types import Role, Trust
 from tests.support.loads import FakeLoads
 from tests.support.prefix import SLOTS, Prefixes

@@ -10,11 +10,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from broker.route import RouteRequest
 
 from broker import config
 from broker.counters import CounterColumn, CountersReader, attach_counters
 from broker.prefix import PrefixIndex
+from broker.route import RouteRequest
 from tests.support.processes import Fleet, fetch
 from tests.support.waiting import PATIENCE_S, until
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, cast
 
-from broker.route import RouteRequest
-
 from broker.config import Server
 from broker.counters import CounterColumn
 from broker.engines.pd import PAIRINGS
 from broker.errors import PenstockError
+from broker.route import RouteRequest
 from broker.types import EngineKind, FastDeployFields, Instance, Role
 from frontend.forward import Forward
 from frontend.forwarder import Forwarder

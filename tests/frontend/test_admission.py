@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from broker.route import RouteRequest
 
 from broker import wire
 from broker.config import Scheduler
 from broker.counters import CounterColumn, TotalColumn
 from broker.errors import ModelNotFound, NoInstance, PenstockError, QueueFull, QueueTimeout
+from broker.route import RouteRequest
 from broker.table import QueueColumn, State
 from broker.types import Instance
 from frontend.admission import PER_MESSAGE, TICK_S, Admission

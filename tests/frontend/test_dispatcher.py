@@ -7,12 +7,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from broker.route import RouteRequest
 
 from broker.config import Scheduler, Server
 from broker.counters import CounterColumn
 from broker.errors import NoInstance
 from broker.policies import Loads, Picker, WholePrompts
+from broker.route import RouteRequest
 from broker.table import State
 from broker.types import Role
 from frontend.breaker import Breaker

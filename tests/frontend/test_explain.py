@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from broker.route import RouteRequest
 
 from broker import explanation, wire
 from broker.config import Scheduler, Server
 from broker.errors import ConnectFailed
 from broker.faces import FD_ROUTER
+from broker.route import RouteRequest
 from broker.types import EngineKind, Instance, LoadReport
 from frontend.explain import DECISION, SHOWN, Explainer
 from frontend.forward import Forward

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from broker.route import RouteRequest
 
 from broker.counters import TotalColumn
 from broker.prefix import PrefixIndex
 from broker.prefix.index import BATCH_NOTICES
+from broker.route import RouteRequest
 from broker.wire import RoutingNotices
 from frontend.notices import AT_ONCE, SEND_S, Notices
 from tests.frontend.fakes import Frontend

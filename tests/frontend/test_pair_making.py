@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from broker.route import RouteRequest
 
 from broker.errors import ConnectFailed, UpstreamBroken, UpstreamTimeout
+from broker.route import RouteRequest
 from broker.table import State
 from broker.types import Connector, EngineKind, FastDeployFields, PairFields, Role
 from frontend.pair import Terms

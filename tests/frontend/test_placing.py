@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from broker.route import RouteRequest
 
 from broker import wire
 from broker.config import Scheduler
 from broker.errors import ConnectFailed
+from broker.route import RouteRequest
 from frontend.admission import Admission
 from frontend.forward import Forward
 from frontend.forwarder import Forwarder

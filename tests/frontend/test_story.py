@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker.route import RouteRequest
 
 from broker.config import Scheduler
 from broker.errors import UpstreamBroken
 from broker.faces import FD_ROUTER, PENSTOCK
+from broker.route import RouteRequest
 from broker.types import EngineKind
 from frontend.pair import PairChoice
 from frontend.story import Stories

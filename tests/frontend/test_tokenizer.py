@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from broker.route import RouteRequest
 
 from broker.config import build
 from broker.errors import ConnectFailed
+from broker.route import RouteRequest
 from frontend.forward import Forward
 from frontend.tokenizer import REMEMBERED, Tokenizer
 from frontend.upstream.base import UpstreamRequest

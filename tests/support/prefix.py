@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from broker.route import RouteRequest
-
 from broker.prefix import PREFIX, PrefixIndex, PrefixWriter, prefix_layout
+from broker.route import RouteRequest
 from shm.segment import Segment
 
 SLOTS = 128

@@ -7,13 +7,13 @@ from random import Random
 
 import numpy as np
 import pytest
-from broker.route import RouteRequest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from broker.policies import Options, Picker, make_policy
 from broker.policies.cache_aware import CacheAware
 from broker.policies.remote_cache_aware import RemoteCacheAware
+from broker.route import RouteRequest
 from tests.support.loads import FakeLoads
 from tests.support.prefix import Prefixes
 

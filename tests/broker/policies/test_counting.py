@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-from broker.route import RouteRequest
-
 from broker.policies.process_tokens import ProcessTokens
 from broker.policies.request_num import RequestNum
+from broker.route import RouteRequest
 from tests.support.loads import FakeLoads
 
 REQUEST = RouteRequest()

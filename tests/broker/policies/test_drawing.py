@@ -6,13 +6,13 @@ from collections import Counter
 from random import Random
 
 import numpy as np
-from broker.route import RouteRequest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.policies.base import FEW, least
 from broker.policies.power_of_two import PowerOfTwo
 from broker.policies.random import RandomChoice
+from broker.route import RouteRequest
 from tests.support.loads import FakeLoads
 
 REQUEST = RouteRequest()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from broker.route import RouteRequest
 
 from broker.policies import Options
 from broker.policies.fd_metrics_score import FdMetricsScore, score
 from broker.policies.fd_remote_metrics_score import FdRemoteMetricsScore
+from broker.route import RouteRequest
 from broker.types import Trust
 from tests.support.loads import FakeLoads
 

@@ -7,9 +7,9 @@ from random import Random
 
 import numpy as np
 import pytest
-from broker.route import RouteRequest
 
 from broker.policies.prefix_cost import PrefixCost
+from broker.route import RouteRequest
 from tests.support.loads import FakeLoads
 from tests.support.prefix import BLOCK, Prefixes
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from broker.route import RouteRequest
 
 from broker.policies.round_robin import SETS, RoundRobin
+from broker.route import RouteRequest
 from tests.support.loads import FakeLoads
 
 REQUEST = RouteRequest()

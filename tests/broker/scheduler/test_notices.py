@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from broker.route import RouteRequest
 
 from broker.candidates import Entry
 from broker.config import Config, Scheduler, Shm
 from broker.prefix import PrefixIndex, create_prefix, run_layout
+from broker.route import RouteRequest
 from broker.scheduler.notices import SHARE_S, WAITING, Notices
 from broker.table import SchedulerEvent, State
 from broker.types import Instance
