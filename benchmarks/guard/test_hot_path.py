@@ -39,14 +39,14 @@ SOURCE = {
     "native event": Cost(bytecodes=1.01, cpu=0.8),
 }
 COMPILED = {
-    "request": Cost(bytecodes=0.256, cpu=2.2),
-    "long request": Cost(bytecodes=0.302, cpu=4.8),
-    "request with a new head": Cost(bytecodes=1.04, cpu=4.2),
+    "request": Cost(bytecodes=0.169, cpu=2.2),
+    "long request": Cost(bytecodes=0.216, cpu=4.8),
+    "request with a new head": Cost(bytecodes=0.951, cpu=4.2),
     "event": Cost(bytecodes=0.061, cpu=0.195),
-    "native request": Cost(bytecodes=0.321, cpu=2.4),
+    "native request": Cost(bytecodes=0.234, cpu=2.4),
     "native event": Cost(bytecodes=0.102, cpu=0.4),
 }
-"""Its bytecodes are what is not compiled: the body, the log's handlers, and of an event the stand-in of the loop."""
+"""Its bytecodes are what is not compiled: the log's handlers, a head that is new, the stand-ins of network and loop."""
 COSTS = COMPILED if is_compiled() else SOURCE
 """`request`: an unstreamed one, whose head and whose answer's are known. `event`: one more of a stream that is open.
 `long`: of 32 KiB under `cache_aware`, and one engine knows its prompt. `native`: at an engine that is asked over
