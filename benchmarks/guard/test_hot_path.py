@@ -39,12 +39,12 @@ SOURCE = {
     "native event": Cost(bytecodes=1.01, cpu=0.8),
 }
 COMPILED = {
-    "request": Cost(bytecodes=0.169, cpu=2.2),
-    "long request": Cost(bytecodes=0.216, cpu=4.8),
-    "request with a new head": Cost(bytecodes=0.951, cpu=4.2),
-    "event": Cost(bytecodes=0.061, cpu=0.195),
-    "native request": Cost(bytecodes=0.234, cpu=2.4),
-    "native event": Cost(bytecodes=0.102, cpu=0.4),
+    "request": Cost(bytecodes=0.169, cpu=1.4),
+    "long request": Cost(bytecodes=0.216, cpu=4.0),
+    "request with a new head": Cost(bytecodes=0.951, cpu=3.0),
+    "event": Cost(bytecodes=0.061, cpu=0.115),
+    "native request": Cost(bytecodes=0.234, cpu=1.6),
+    "native event": Cost(bytecodes=0.102, cpu=0.37),
 }
 """Its bytecodes are what is not compiled: the log's handlers, a head that is new, the stand-ins of network and loop."""
 COSTS = COMPILED if is_compiled() else SOURCE
