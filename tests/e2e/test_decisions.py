@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from broker import config
-from broker.counters import CounterColumn, CountersReader, attach_counters
+from broker.counters import CounterColumn, attach_counters
 from tests.support.client import Client, chat
 from tests.support.processes import Fleet
 from tests.support.standins.stale_frontend import COPIED
@@ -59,7 +59,7 @@ def held(fleet: Fleet) -> list[int]:
 def taken(fleet: Fleet) -> np.ndarray:
     """Requests that each frontend has dispatched."""
     segment = attach_counters(fleet.run_dir, config.parse((fleet.run_dir / "config.json").read_bytes()))
-    rows = CountersReader(segment).window(CounterColumn.STARTED, 2, INSTANCES)
+    rows = segment.array("slots")[:2, CounterColumn.STARTED, :INSTANCES]
     sums = np.add.reduce(rows, 1)
     del rows
     segment.close()

@@ -12,7 +12,7 @@ from random import Random
 import pytest
 
 from broker import config
-from broker.counters import CounterColumn, CountersReader, attach_counters
+from broker.counters import CounterColumn, attach_counters
 from broker.prefix import PrefixIndex
 from broker.route import RouteRequest
 from tests.support.processes import Fleet, fetch
@@ -40,7 +40,7 @@ def taken(fleet: Fleet) -> list[int]:
     """Requests that each of two frontends has dispatched."""
     settings = config.parse((fleet.run_dir / "config.json").read_bytes())
     segment = attach_counters(fleet.run_dir, settings)
-    sums: list[int] = CountersReader(segment).window(CounterColumn.STARTED, 2, INSTANCES).sum(axis=1).tolist()
+    sums: list[int] = segment.array("slots")[:2, CounterColumn.STARTED, :INSTANCES].sum(axis=1).tolist()
     segment.close()
     return sums
 
