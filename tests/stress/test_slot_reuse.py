@@ -69,6 +69,9 @@ def _serve(path: Path, config: Config, row: int, takes: int, results: Connection
         except NoInstance:  # all slots are just being reused
             continue
         slots = view.slots.tolist()
+        if break_rule and not held:  # so that it is not left to chance; what is held would keep the slot from reuse
+            while reader._live[Column.GENERATION * SLOTS + slots[0]] == view.generation(slots[0]):
+                pass
         for _ in range(10):  # the later ones choose from an old view
             slot = slots[rng.randrange(len(slots))]
             lease = take(reader, counters, slot, view.generation(slot), 3)
