@@ -22,7 +22,7 @@ class Policy:
         """How the last pick came about; None where the view says it all."""
 
     def pick(self, request: RouteRequest, view: Loads) -> int:
-        """The slot of one candidate. No I/O, no waiting, microseconds; never raises for a view that has candidates."""
+        """As a `Picker`'s."""
         raise NotImplementedError
 
     def tokens(self, request: RouteRequest, slot: int) -> int:

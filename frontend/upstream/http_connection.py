@@ -13,11 +13,11 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-from broker.errors import PenstockError, UpstreamBroken
+from broker.errors import UpstreamBroken
 from broker.keepalive import keep_alive
 from frontend.known_heads import KnownHeads
 from frontend.outbox import Outbox, Outlet
-from frontend.upstream.base import AnswerHead, Headers, Sink
+from frontend.upstream.base import AnswerHead, Sink
 from frontend.upstream.http_chunk import chunk_size
 from frontend.upstream.http_response import ResponseReader
 
@@ -25,9 +25,8 @@ JOIN_BYTES = 64 * 1024
 """Head and body go out in one write up to this size; above, copying costs more than a second system call."""
 
 
-class Exchange:
-    """The call a connection serves, and no longer does after `finish`, `fail` or `went_stale`. A base class, as `Sink`
-    is one."""
+class Exchange(Sink):
+    """The call a connection serves, the sink of its answer; it is neither after `finish`, `fail` or `went_stale`."""
 
     def __init__(self) -> None:
         self.head = b""
@@ -36,22 +35,6 @@ class Exchange:
         self.paused = False
         self.whole: Sink | None = None
         """Who takes whole chunks in its place, if anybody does; then it has `answer`."""
-
-    def answer(self, head: AnswerHead, data: bytes) -> None:
-        """`start`, `write` and `finish` in one."""
-        raise NotImplementedError
-
-    def start(self, status: int, headers: Headers) -> None:
-        raise NotImplementedError
-
-    def write(self, data: bytes) -> None:
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        raise NotImplementedError
-
-    def fail(self, error: PenstockError) -> None:
-        raise NotImplementedError
 
     def went_stale(self) -> None:
         """The engine had closed the kept connection before it could answer; nothing of an answer was heard."""
