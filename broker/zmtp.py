@@ -95,6 +95,11 @@ class Reader:
         """The other side has said READY."""
         return self._state == 2
 
+    @property
+    def is_drained(self) -> bool:
+        """All that was fed has been asked for, and was whole."""
+        return not self._held and self._at == len(self._data)
+
     def feed(self, data: bytes) -> None:
         """More bytes."""
         if self._held:

@@ -77,11 +77,13 @@ class Client:
     def close(self) -> None:
         """After what was sent."""
         self._outbox.flush()
+        self.outlet.close()
         self._transport.close()
 
     def abort(self) -> None:
         """At once, so that it cannot pass for an orderly end."""
         self._outbox.flush()
+        self.outlet.close()
         self._transport.abort()
 
     def step_aside(self) -> None:
@@ -115,6 +117,7 @@ class Client:
         self._connection.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.outlet.close()
         self.step_aside()
         self._connection.connection_lost(exc)
 

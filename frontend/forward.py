@@ -53,6 +53,7 @@ from frontend.waiting import Place, Saturated
 from shm.cells import add
 
 if TYPE_CHECKING:
+    from frontend._conduit import Conduit
     from frontend.forwarder import Forwarder
 
 FAILED_STATUSES = frozenset((502, 503, 504))
@@ -137,6 +138,7 @@ class Forward(Sink):
         self._events = 0
         self._last = b""  # the last chunk
         self._tail = b""  # and the one before it
+        self._conduit: Conduit | None = None  # what it has counted is not yet among these
 
     def __repr__(self) -> str:
         where = self._choice.where if self._choice else None
@@ -158,7 +160,8 @@ class Forward(Sink):
 
         Exact where an engine sends an event for each token (a chat's first one names the role).
         """
-        return max(0, self._events - ("/chat/" in self._path))
+        events = self._events if self._conduit is None else self._events + self._conduit.events
+        return max(0, events - ("/chat/" in self._path))
 
     # -- the client's side -------------------------------------------------------------------------------------
 
@@ -294,6 +297,8 @@ class Forward(Sink):
     def write(self, data: bytes) -> None:
         if self._head is not None:
             self._flow()
+        elif self._conduit is not None:
+            self._count_conduit()
         self._touched = self._shared.clock()
         self._bytes += len(data)
         self._events += _events(data, 0, len(data))
@@ -306,11 +311,23 @@ class Forward(Sink):
         if self._state is not _FLOWING:
             self.write(framed[-size - 2 : -2])
             return
+        if self._conduit is not None:
+            self._count_conduit()
         self._touched = self._shared.clock()
         self._bytes += size
         self._events += _events(framed, len(framed) - size - 2, len(framed) - 2)
         self._tail, self._last = self._last, framed
         self._sink.chunk(framed, size)
+
+    def conduit(self) -> Conduit | None:
+        if self._state is not _FLOWING or self._paused:
+            return None
+        self._count_conduit()
+        self._conduit = self._sink.conduit()
+        return self._conduit
+
+    def unsent(self, data: bytes) -> None:
+        self._sink.unsent(data)
 
     def finish(self) -> None:
         self._call = None
@@ -473,7 +490,8 @@ class Forward(Sink):
             self._failed()
             self._say(UpstreamTimeout(f"no answer within {shared.first_byte_s:g} s"))
             return
-        left = self._touched + shared.idle_s - shared.clock()
+        touched = self._touched if self._conduit is None else max(self._touched, self._conduit.touched)
+        left = touched + shared.idle_s - shared.clock()
         if left > 0:
             self._arm(left)
         elif self._paused:  # nothing is read from the engine: the silence is the client's
@@ -505,11 +523,22 @@ class Forward(Sink):
                 error = error.with_header(DECISION, explain.line(self._steps, self._shared.policies))
         self._sink.fail(error)
 
+    def _count_conduit(self) -> None:
+        """It is over; what it has counted is ours."""
+        conduit, self._conduit = self._conduit, None
+        if conduit is not None and conduit.last is not None:
+            self._touched = conduit.touched
+            self._bytes += conduit.size
+            self._events += conduit.events
+            self._tail, self._last = conduit.tail or self._last, conduit.last
+
     def _end(self, outcome: Outcome, now: float | None = None, reason: str | None = None) -> None:
         """`now`: if the caller knows it already. `reason`: of a failure, if the client is not told it."""
         self._state = _ENDED
         if self._timer is not None:
             self._disarm()
+        if self._conduit is not None:
+            self._count_conduit()
         shared, counters, choice = self._shared, self._shared.counters, self._choice
         shared.live.discard(self)
         add(counters.totals, _CLOSED, 1)

@@ -32,6 +32,7 @@ from frontend.request_head import RequestHead
 from frontend.upstream.base import AnswerHead, Headers, Sink
 
 if TYPE_CHECKING:
+    from frontend._conduit import Conduit
     from frontend.client import Client
 
 logger = logging.getLogger("frontend")
@@ -120,6 +121,7 @@ class LeanCycle(Sink):
         self._events = False
         self._left = 0  # bytes of the body that the answer's length announces
         self._last = b""  # the last chunk, in its frame
+        self._conduit: Conduit | None = None  # whose last chunk is a later one
 
     def __repr__(self) -> str:
         state = "complete" if self.response_complete else "reading" if self.more_body else "open"
@@ -213,6 +215,7 @@ class LeanCycle(Sink):
 
     def write(self, data: bytes) -> None:
         if self._chunked and not self._head:
+            self._conduit = None
             self._last = framed = _framed(data)
             self._outlet.write(framed)
         else:
@@ -242,10 +245,21 @@ class LeanCycle(Sink):
 
     def chunk(self, framed: bytes, size: int) -> None:
         if self._chunked and not self._head:
+            self._conduit = None
             self._last = framed
             self._outlet.write(framed)
         else:
             self.write(framed[-size - 2 : -2])
+
+    def conduit(self) -> Conduit | None:
+        if not self._chunked or self._head or self.response_complete:
+            return None
+        self._forget_conduit()
+        self._conduit = self._outlet.conduit()
+        return self._conduit
+
+    def unsent(self, data: bytes) -> None:
+        self._outlet.rest(data)
 
     def finish(self) -> None:
         if self._chunked:
@@ -261,6 +275,7 @@ class LeanCycle(Sink):
         if not self._started:
             self._answer_with(error)
         elif self._events:
+            self._forget_conduit()
             self.write(last_event(error, self._last[:-2], self._lean.inference.face))
             self.finish()
         else:
@@ -286,6 +301,11 @@ class LeanCycle(Sink):
             self.keep_alive = False
         lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
         self._head = b"".join(lines)
+
+    def _forget_conduit(self) -> None:
+        conduit, self._conduit = self._conduit, None
+        if conduit is not None and conduit.last is not None:
+            self._last = conduit.last
 
     def _uncount(self) -> None:
         self._lean.inference.receiving.give_back(self._counted)

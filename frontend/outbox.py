@@ -12,9 +12,13 @@ Bought: docs/performance.md, section 6.
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from frontend import conduit
 from frontend.sending import NONE, descriptor, send
+
+if TYPE_CHECKING:
+    from frontend._conduit import Conduit
 
 MOST: Final = 64
 """Writes kept at once: those that came first do not wait for hundreds of others."""
@@ -73,6 +77,7 @@ class Outlet:
         """Writes that are kept."""
         self._outbox = outbox
         self._socket = descriptor(transport)
+        self._conduit: Conduit | None = None
 
     def write(self, data: bytes) -> None:
         """At the end of the turn; nothing, if the connection has ended by then."""
@@ -91,3 +96,27 @@ class Outlet:
                 return
             data = data[sent:]
         transport.write(data)
+
+    def conduit(self) -> Conduit | None:
+        """The short way to this socket, for who writes nothing else meanwhile. None: it is the transport's turn."""
+        transport, compiled = self.transport, conduit.compiled
+        if compiled is None or self._socket == NONE:
+            return None
+        if self.held:
+            self._outbox.flush()
+        if self.held or transport.is_closing() or transport.get_write_buffer_size():
+            return None
+        made: Conduit = compiled.Conduit(self._socket)
+        self._conduit = made
+        return made
+
+    def rest(self, data: bytes) -> None:
+        """What a conduit could not send, before anything else is written."""
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def close(self) -> None:
+        """The transport is closing, and its socket may soon be another's: no conduit may use it."""
+        if self._conduit is not None:
+            self._conduit.close()
+            self._conduit = None

@@ -14,12 +14,15 @@ Rules, tested for every transport in tests/contract:
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from mypy_extensions import mypyc_attr
 
 from broker.errors import PenstockError
 from broker.types import Instance
+
+if TYPE_CHECKING:
+    from frontend._conduit import Conduit
 
 Headers = list[tuple[bytes, bytes]]
 """As in ASGI: names in lower case, order kept, repeats allowed."""
@@ -157,6 +160,15 @@ class Sink:
     def chunk(self, framed: bytes, size: int) -> None:
         """`write` of one whole chunk of that many bytes in HTTP's chunked coding, without extensions; never empty."""
         self.write(framed[-size - 2 : -2])
+
+    def conduit(self) -> Conduit | None:
+        """The short way for whatever comes next (`frontend/conduit.py`), good until anything else is said to this sink;
+        None: there is none now. Only while an answer with whole chunks is under way."""
+        return None
+
+    def unsent(self, data: bytes) -> None:
+        """What the conduit could not send. (Only of those that gave one.)"""
+        raise NotImplementedError
 
 
 class Call(Protocol):

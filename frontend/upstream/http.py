@@ -7,6 +7,7 @@ No task, future or timer per request, unless a connection must be opened or wait
     http_response.py     bytes -> status, headers, body pieces             pure
     http_connection.py   one socket, one request at a time
     http_pool.py         the sockets of one engine
+    http_intake.py       all those that answer, as long as their answers flow
     http.py              the transport: requests in, answers out
 """
 
@@ -23,6 +24,7 @@ from frontend.known_heads import KnownHeads
 from frontend.outbox import Outbox
 from frontend.upstream.base import HOP_BY_HOP, AnswerHead, Call, Headers, Sink, Upstream, UpstreamRequest
 from frontend.upstream.http_connection import Connection
+from frontend.upstream.http_intake import HttpIntake
 from frontend.upstream.http_pool import IDLE_S, Pool, Waiter
 
 _NOT_SENT: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
@@ -41,6 +43,7 @@ class HttpUpstream(Upstream):
         self._revives = config.server.splitwise or not face_of(config).counts_lost
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox(self._loop) if outbox is None else outbox
+        self._intake = HttpIntake(self._loop)
         self._pools: dict[str, Pool] = {}
         self._retired: list[Pool] = []
         """Of removed instances, as long as answers are under way there."""
@@ -64,6 +67,7 @@ class HttpUpstream(Upstream):
                     self._idle_s,
                     self._known,
                     self._outbox,
+                    self._intake,
                     revives=self._revives,
                 )
             call.ask(pool, request)
@@ -86,6 +90,7 @@ class HttpUpstream(Upstream):
         self._retired.clear()
         for pool in pools:
             pool.close(UpstreamBroken("the frontend is closing"))
+        self._intake.close()
 
 
 class HttpCall(Waiter):

@@ -11,15 +11,20 @@ The pool decides who gets it, the call says what is asked and who hears the answ
 from __future__ import annotations
 
 import asyncio
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from broker.errors import UpstreamBroken
 from broker.keepalive import keep_alive
 from frontend.known_heads import KnownHeads
 from frontend.outbox import Outbox, Outlet
+from frontend.sending import NONE, descriptor
 from frontend.upstream.base import AnswerHead, Sink
 from frontend.upstream.http_chunk import chunk_size
+from frontend.upstream.http_intake import HttpIntake
 from frontend.upstream.http_response import ResponseReader
+
+if TYPE_CHECKING:
+    from frontend._conduit import Conduit
 
 JOIN_BYTES = 64 * 1024
 """Head and body go out in one write up to this size; above, copying costs more than a second system call."""
@@ -44,10 +49,11 @@ class Exchange(Sink):
 class Owner:
     """What a connection knows of its pool."""
 
-    def __init__(self, known: KnownHeads[AnswerHead], outbox: Outbox) -> None:
+    def __init__(self, known: KnownHeads[AnswerHead], outbox: Outbox, intake: HttpIntake) -> None:
         self.known = known
         """Those of engines of one kind are alike."""
         self.outbox = outbox
+        self.intake = intake
 
     def spare(self, connection: Connection) -> None:
         """It is idle and may be used again."""
@@ -64,10 +70,12 @@ class Connection:
     __slots__ = (
         "_answered",
         "_closed",
+        "_conduit",
         "_loop",
         "_outlet",
         "_owner",
         "_reader",
+        "_socket",
         "_started",
         "_stream",
         "_transport",
@@ -87,6 +95,9 @@ class Connection:
         self._reader = ResponseReader()
         self._stream: Sink | None = None
         """Gets whole chunks as they come, past the reader, which stands between two; None: all goes through it."""
+        self._conduit: Conduit | None = None
+        """By which the answer goes at present, past us."""
+        self._socket = NONE
         self._started = False
         self._answered = False
         self._used = False
@@ -129,6 +140,7 @@ class Connection:
             transport.pause_reading()
 
     def pause(self) -> None:
+        self._leave()
         self._stream = None
         if self._transport is not None:
             self._transport.pause_reading()
@@ -141,6 +153,7 @@ class Connection:
 
     def abort(self) -> None:
         """Gives the connection up at once, unsent and unread bytes included; nobody hears of it but the pool."""
+        self._leave()
         self.exchange = self._stream = None
         if self._closed:
             self._gone()
@@ -156,6 +169,7 @@ class Connection:
         transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
         self._transport = transport
         self._outlet = Outlet(transport, self._owner.outbox)
+        self._socket = descriptor(transport)
         # A host that lost its power sends no reset; an unstreamed answer has no other limit to its silence.
         keep_alive(transport.get_extra_info("socket"))
         if self.exchange is None:  # cancelled while the handshake was under way
@@ -169,6 +183,8 @@ class Connection:
             size = chunk_size(data)
             if size:
                 stream.chunk(data, size)
+                if self._socket != NONE and self._stream is stream:
+                    self._lend(stream)
                 return
             self._stream = None
         exchange = self.exchange
@@ -221,6 +237,7 @@ class Connection:
             self._deliver()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._leave()
         self._closed = True
         exchange = self.exchange
         if exchange is None:
@@ -267,6 +284,38 @@ class Connection:
             exchange.fail(reader.error)
         elif reader.is_between and not exchange.paused:
             self._stream = exchange.whole
+
+    # -- the short way (frontend/conduit.py) ---------------------------------------------------------------
+
+    def _lend(self, stream: Sink) -> None:
+        """The answer flows: from here on it need not come to us."""
+        conduit, transport = stream.conduit(), self._transport
+        assert transport is not None
+        if conduit is None or self._stream is not stream or transport.is_closing():
+            return
+        if self._owner.intake.join(conduit, self._socket, self):
+            self._conduit = conduit
+            transport.pause_reading()
+
+    def _leave(self) -> None:
+        """The transport is still paused."""
+        conduit, self._conduit = self._conduit, None
+        if conduit is not None:
+            self._owner.intake.leave(conduit)
+
+    def parted(self, read: bytes, unsent: bytes) -> None:
+        """The intake's word that the conduit has left: for what was `read`, for what the client did not take, or for
+        what only the transport can find out about the socket."""
+        stream, transport = self._stream, self._transport
+        self._conduit = None
+        if stream is None or transport is None:
+            return
+        if unsent:
+            stream.unsent(unsent)
+        if self._stream is not None and not transport.is_closing():
+            transport.resume_reading()
+        if read:
+            self.data_received(read)
 
     def _is_unsent(self, transport: asyncio.Transport) -> bool:
         """Of the request something is still to be written."""

@@ -21,6 +21,7 @@ from frontend.known_heads import KnownHeads
 from frontend.outbox import Outbox
 from frontend.upstream.base import AnswerHead
 from frontend.upstream.http_connection import Connection, Exchange, Owner
+from frontend.upstream.http_intake import HttpIntake
 
 IDLE_S = 60.0
 """A connection unused for this long is closed."""
@@ -79,12 +80,17 @@ class Pool(Owner):
         idle_s: float = IDLE_S,
         known: KnownHeads[AnswerHead] | None = None,
         outbox: Outbox | None = None,
+        intake: HttpIntake | None = None,
         *,
         revives: bool = True,
     ) -> None:
         """`limit`: connections open or being opened at once. `revives`: a call that a kept connection lost is sent once
         more. Raises `ConnectFailed` for a URL it cannot use."""
-        super().__init__(KnownHeads() if known is None else known, Outbox(loop) if outbox is None else outbox)
+        super().__init__(
+            KnownHeads() if known is None else known,
+            Outbox(loop) if outbox is None else outbox,
+            HttpIntake(loop) if intake is None else intake,
+        )
         self.url = url
         self.revives = revives
         self.address = Address(url)

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -33,11 +34,15 @@ from broker.errors import (
 )
 from broker.types import Instance
 from broker.zmtp import MAX_MESSAGE_BYTES
+from frontend import conduit
 from frontend.outbox import Outbox
 from frontend.upstream.base import AnswerHead, Call, Sink, Upstream, UpstreamRequest
 from frontend.upstream.zmq_call import JSON, ZmqCall
 from frontend.upstream.zmq_peers import Peer, Peers
 from frontend.upstream.zmq_request import encoded
+
+if TYPE_CHECKING:
+    from frontend._conduit import Conduit
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +92,7 @@ class ZmqUpstream(Upstream):
         self._next_id = 0
         self._turn_due = False
         self._closed = False
+        self._lends = conduit.compiled is not None
 
     def __repr__(self) -> str:
         return f"<ZmqUpstream peers={len(self._peers)} calls={len(self._calls)} dropped={self.dropped}>"
@@ -153,6 +159,14 @@ class ZmqUpstream(Upstream):
             self._peers.aborting.add(peer)
             self.turn_soon()
 
+    def lend(self, call: ZmqCall, conduit: Conduit) -> None:
+        if isinstance(call.peer, Peer):
+            call.peer.conduits[call.id] = conduit
+
+    def take_back(self, call: ZmqCall) -> None:
+        if isinstance(call.peer, Peer):
+            call.peer.conduits.pop(call.id, None)
+
     def release(self, call: ZmqCall) -> None:
         self._calls.pop(call.id, None)
 
@@ -205,6 +219,9 @@ class ZmqUpstream(Upstream):
         if self._peers.unsent:
             self._peers.flush()
         self._outbox.flush()
+        if self._lends:
+            for call in ready:
+                call.lend()
 
     def _read(self, peer: Peer, *, was_paused: bool = False) -> None:
         """A batch of what an engine has sent."""
@@ -239,6 +256,8 @@ class ZmqUpstream(Upstream):
 
     def _understand(self, peer: Peer, frame: bytes | memoryview) -> None:
         """One message of an engine. Raises `WireError` for what is none."""
+        if peer.conduits and peer.reader.is_drained and self._pass_on(peer, frame):
+            return
         try:
             tag, incarnation, deltas = _decode_step(frame)
         except UNDECODABLE:
@@ -248,6 +267,20 @@ class ZmqUpstream(Upstream):
             self._step(peer, deltas)
         else:
             self._understand_any(peer, frame)
+
+    def _pass_on(self, peer: Peer, frame: bytes | memoryview) -> bool:
+        """Lets the answers that flow have their part of a step, if that is one. Not of one with others behind it: of
+        those a client gets its parts in one write."""
+        assert conduit.compiled is not None
+        found = conduit.compiled.step(frame, peer.incarnation, peer.conduits, time.monotonic())
+        if found is None:
+            return False
+        if found:
+            others, unsent = found
+            for number, data in unsent:
+                self._calls[number].unsent(data)
+            self._step(peer, others)
+        return True
 
     def _step(self, peer: Peer, deltas: list[tuple[Any, ...]]) -> None:
         """The deltas of one engine step, all well-formed."""

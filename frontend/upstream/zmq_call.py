@@ -9,12 +9,15 @@ paused holds its bytes, up to a bound.
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from broker.errors import ClientTooSlow, PenstockError, UpstreamBroken
 from broker.wire import CHUNK, DONE, ERROR
 from frontend.upstream.base import AnswerHead, Headers, Sink
 from frontend.upstream.zmq_errors import shown
+
+if TYPE_CHECKING:
+    from frontend._conduit import Conduit
 
 SSE: Final[Headers] = [(b"content-type", b"text/event-stream; charset=utf-8")]
 JSON: Final[Headers] = [(b"content-type", b"application/json")]
@@ -31,6 +34,12 @@ class Owner(Protocol):
 
     def abort(self, call: ZmqCall) -> None:
         """The engine need not go on with it."""
+
+    def lend(self, call: ZmqCall, conduit: Conduit) -> None:
+        """What the engine says next goes that way, as long as it is the next piece of the answer."""
+
+    def take_back(self, call: ZmqCall) -> None:
+        """No longer."""
 
     def release(self, call: ZmqCall) -> None:
         """It has ended and wants to hear no more."""
@@ -51,6 +60,8 @@ class ZmqCall:
         self._sink: Sink | None = sink
         self._others: list[bytes] | None = None
         """The parts behind it."""
+        self._conduit: Conduit | None = None
+        """By which the answer goes at present, past us."""
         self._flows = False
         """Its answer has begun, and there is nothing else to say of it: the state of nearly every delta."""
         self._started = False
@@ -77,12 +88,14 @@ class ZmqCall:
 
     def cancel(self) -> None:
         if self._sink is not None:
+            self._take_back()
             if not self._done and self._error is None:
                 self._owner.abort(self)
             self._clear()
             self._end()
 
     def pause(self) -> None:
+        self._take_back()
         self._paused = True
         self._flows = False
 
@@ -93,10 +106,36 @@ class ZmqCall:
             if self._sink is not None:
                 self._owner.deliver_soon(self)
 
+    # -- the short way (frontend/conduit.py) ----------------------------------------------------------------
+
+    def lend(self) -> None:
+        """What was there has been delivered and written: if the answer flows, it need not come to us from here on."""
+        if not self._flows or self._first or self._sink is None or self._conduit is not None:
+            return
+        conduit = self._sink.conduit()
+        if conduit is not None:
+            conduit.next = self._next
+            self._conduit = conduit
+            self._owner.lend(self, conduit)
+
+    def unsent(self, data: bytes) -> None:
+        """What the conduit could not send."""
+        self._take_back()
+        if self._sink is not None:
+            self._sink.unsent(data)
+
+    def _take_back(self) -> None:
+        conduit, self._conduit = self._conduit, None
+        if conduit is not None:
+            self._next = conduit.next
+            self._owner.take_back(self)
+
     # -- the engine's side ---------------------------------------------------------------------------------
 
     def hear(self, sequence: int, kind: int, data: bytes) -> bool:
         """`take` of a delta that is well-formed: nearly every one, and nearly always there is nothing to it."""
+        if self._conduit is not None:
+            self._take_back()
         if self._flows and kind == CHUNK and sequence == self._next and data:
             self._next = sequence + 1
             if self._first:
@@ -111,6 +150,7 @@ class ZmqCall:
 
         A delta that is malformed or out of sequence ends the call: something of its answer is missing.
         """
+        self._take_back()
         sequence, kind, data = delta[1], delta[2], delta[3]
         quiet = not self._first
         if self._done or self._error is not None or self._sink is None:
@@ -149,6 +189,7 @@ class ZmqCall:
     def fail(self, error: PenstockError, *, abort: bool = False) -> None:
         """Ends the call; the client hears of it at the next `deliver`, after what it has still to hear."""
         if not self._done and self._error is None and self._sink is not None:
+            self._take_back()
             self._flows = False
             self._error = error
             if abort:
