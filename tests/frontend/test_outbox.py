@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 
-from frontend.outbox import MOST, Outbox, Outlet
+from frontend.outbox import JOIN_BYTES, MOST, Outbox, Outlet
 
 
 class Wire:
@@ -81,11 +81,34 @@ def test_a_flush_writes_at_once_and_the_turns_end_finds_nothing() -> None:
 
 def test_those_that_came_first_do_not_wait_for_too_many_others() -> None:
     scene = Scene()
-    for _ in range(MOST - 1):
-        scene.a.write(b"1")
+    for name in ("ab" * MOST)[: MOST - 1]:
+        scene.outlets[name].write(b"1")
     assert scene.notes == []
     scene.b.write(b"2")
     assert len(scene.notes) == MOST
+
+
+def test_small_writes_in_a_row_to_one_connection_are_one() -> None:
+    scene = Scene()
+    for name, data in [("a", b"1"), ("a", b"2"), ("b", b"3"), ("b", b"4" * JOIN_BYTES), ("a", b"5")]:
+        scene.outlets[name].write(data)
+    scene.turn.end()
+    assert scene.notes == [("a", b"12"), ("b", b"3"), ("b", b"4" * JOIN_BYTES), ("a", b"5")]
+    assert (scene.a.held, scene.b.held) == (0, 0)
+
+
+def test_nothing_joins_what_is_being_written() -> None:
+    scene = Scene()
+
+    def more() -> None:
+        scene.wires["a"].on_write = lambda: None
+        scene.a.write(b"2")
+
+    scene.wires["a"].on_write = more
+    scene.a.write(b"1")
+    scene.turn.end()
+    assert scene.notes == [("a", b"1"), ("a", b"2")]
+    assert scene.a.held == 0
 
 
 def test_a_connection_that_ended_meanwhile_hears_nothing() -> None:
@@ -113,7 +136,7 @@ def test_the_order_stays_when_a_write_calls_back_and_more_is_put(flushes: bool) 
     scene.b.write(b"2")
     scene.turn.end()
     scene.turn.end()
-    assert scene.notes == [("a", b"1"), ("b", b"2"), ("b", b"3")]
+    assert scene.notes == [("a", b"1"), ("b", b"23")]
 
 
 def test_one_that_fails_keeps_nobodys_bytes_back() -> None:
