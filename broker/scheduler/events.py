@@ -31,9 +31,10 @@ logger = logging.getLogger("scheduler")
 COMMON = "of the common socket"
 PARTS = 3
 SUBSCRIBER_HWM = 4096
-REST_S = 0.02
-"""As often as an engine may speak (docs/wire.md, 6): more wake-ups would bring few more reports. Decisions do not wait
-for them, they add what is in flight now."""
+REST_S = 0.05
+"""A step or two of most engines. They may speak more often (docs/wire.md, 6), but each wake-up costs the same for many
+reports as for one, and is paid by the core that frontends run on. Decisions do not wait for them, they add what is in
+flight now."""
 MOST_PUBLISHERS = 8192
 """Whose last sequence is remembered; the longest silent is forgotten first."""
 MOST_MISSED = 1 << 32
