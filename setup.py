@@ -123,6 +123,7 @@ class Build(build_ext):
 setup(
     ext_modules=[
         Extension("shm._cells", ["shm/_cells.c"], optional=True),
+        Extension("shm._rows", ["shm/_rows.c"], optional=True),
         Extension("shm.hashtable._table", ["shm/hashtable/_table.c"], optional=True),
         Extension("broker.prefix._keys", ["broker/prefix/_keys.c"], optional=True),
         Extension("frontend._conduit", ["frontend/_conduit.c"], optional=True),

@@ -24,19 +24,31 @@ nothing: that one slot stays as it was. Without this order:
 * `used` raised after 4: (1) the reader sees the new version and the old `used`, (2) it copies all but the new row.
 
 These orders are store-store and load-load, which x86-64 keeps (see `shm.fence`).
+
+Steps 2 to 4 have a twin in C (`_rows.c`), which takes them row by row.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shm.cells import quick
+from shm.cells import Vector, quick
+from shm.compiled import is_wanted
 
 T = TypeVar("T")
+
+compiled: type[Compiled] | None = None
+"""The compiled twin of `Snapshot`; None: there is none, or it is not wanted."""
+if is_wanted():
+    with contextlib.suppress(ImportError):
+        from shm._rows import Snapshot as Compiled
+
+        compiled = Compiled
 
 
 class RowWriter:
@@ -82,54 +94,71 @@ class RowWriter:
         return [slot for slot, sequence in enumerate(self._sequence.tolist()) if sequence & 1]
 
 
-class RowReader:
-    """The reading half: `values` and `whole` are its own memory and change only in `refresh`."""
+class Copying(Protocol):
+    """Rows that are kept, brought up to date; `Snapshot` or its twin."""
 
-    def __init__(
-        self,
-        sequence: NDArray[np.int64],
-        values: NDArray[np.int64],
-        version: memoryview,
-        used: memoryview,
-    ) -> None:
+    def renew(self, used: int, /) -> tuple[int, int]:
+        """Steps 2 to 4 of a look: how many rows were copied, and how many had to stay as they were."""
+
+
+class Snapshot:
+    """The last whole copy of every row in `values`, and its sequence in `copied`."""
+
+    def __init__(self, sequence: Vector, shared: Vector, copied: Vector, values: Vector) -> None:
+        """The first two are the writer's."""
         self._sequence = sequence
-        self._shared = values
+        self._shared = shared
+        self._copied = copied
+        self._values = values
+
+    def renew(self, used: int) -> tuple[int, int]:
+        before = self._sequence[:used].copy()
+        moved = np.flatnonzero(before != self._copied[:used])
+        if not len(moved):
+            return 0, 0
+        before = before[moved]
+        rows = self._shared[:, moved]  # indexing by an array copies
+        good = self._sequence[moved] == before
+        good &= (before & 1) == 0
+        missed = len(moved) - int(np.count_nonzero(good))
+        if missed:
+            moved, before, rows = moved[good], before[good], rows[:, good]
+        self._values[:, moved] = rows
+        self._copied[moved] = before
+        return len(moved), missed
+
+
+class RowReader:
+    """The reading half: `values` is its own memory and changes only in `refresh`."""
+
+    def __init__(self, sequence: Vector, values: Vector, version: memoryview, used: memoryview) -> None:
+        self._sequence = sequence
         self._version = quick(version)
-        self._used = used
+        self._used = quick(used)
         self._seen = -1
-        self._copied: NDArray[np.int64] = np.zeros(len(sequence), dtype=np.int64)
+        self._copied: Vector = np.zeros(len(sequence), dtype=np.int64)
         self.complete = False
         """Whether the last look found every row at rest."""
-        self.values: NDArray[np.int64] = np.zeros_like(values)
+        self.values: Vector = np.zeros_like(values)
         """The last whole copy of every row; zeros where there is none yet."""
-        self.whole: NDArray[np.bool_] = np.zeros(len(sequence), dtype=np.bool_)
+        arrays = sequence, values, self._copied, self.values
+        self._snapshot: Copying = Snapshot(*arrays) if compiled is None else compiled(*arrays)
+
+    @property
+    def whole(self) -> NDArray[np.bool_]:
         """Slots of which a whole copy exists."""
+        whole: NDArray[np.bool_] = self._copied != 0
+        return whole
 
     def refresh(self) -> bool:
         """Bring the snapshot up to date; returns whether any row was copied. Never waits."""
         version = self._version[0]
         if version == self._seen and self.complete:
             return False
-        used = self._used[0]  # after the version: see above
-        before = self._sequence[:used].copy()
-        moved = np.flatnonzero(before != self._copied[:used])
         self._seen = version
-        if not len(moved):
-            self.complete = True
-            return False
-        before = before[moved]
-        rows = self._shared[:, moved]  # indexing by an array copies
-        good = self._sequence[moved] == before
-        good &= (before & 1) == 0
-        self.complete = bool(good.all())
-        if not self.complete:
-            moved, before, rows = moved[good], before[good], rows[:, good]
-            if not len(moved):
-                return False
-        self.values[:, moved] = rows
-        self._copied[moved] = before
-        self.whole[moved] = True
-        return True
+        copied, missed = self._snapshot.renew(self._used[0])  # loaded after the version: see above
+        self.complete = not missed
+        return copied > 0
 
     def guarded(self, slot: int, read: Callable[[], T]) -> T | None:
         """What `read` (of bytes that belong to the row) returned, or None if the row was written meanwhile."""

@@ -16,7 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shm.seqlock import RowReader, RowWriter
+from shm import seqlock
+from shm.seqlock import Copying, RowReader, RowWriter, Snapshot
+from tests.support.twins import twin
+
+__all__ = ["twin"]
 
 COLUMNS, SLOTS = 3, 4
 
@@ -69,8 +73,13 @@ class Rows:
     def reader(self) -> RowReader:
         step = lambda: self.on_read()  # noqa: E731  # late binding is the point
         reader = RowReader(self.sequence, self.values, memoryview(self.cells[:1]), memoryview(self.cells[1:]))
-        for name in ("_sequence", "_shared", "_version", "_used"):
-            setattr(reader, name, Hooked(getattr(reader, name), step))
+        hooked = [(reader, "_version"), (reader, "_used")]
+        if isinstance(reader._snapshot, Snapshot):
+            hooked += [(reader._snapshot, "_sequence"), (reader._snapshot, "_shared")]
+        else:
+            reader._snapshot.before_load(step)  # type: ignore[attr-defined]  # of the compiled twin
+        for holder, name in hooked:
+            setattr(holder, name, Hooked(getattr(holder, name), step))
         return reader
 
 
@@ -80,6 +89,11 @@ class DeadError(Exception):
 
 def die() -> None:
     raise DeadError
+
+
+def kind(*them: NDArray[np.int64]) -> Copying:
+    """A snapshot of the twin that is tested."""
+    return Snapshot(*them) if seqlock.compiled is None else seqlock.compiled(*them)
 
 
 def full_row(value: int) -> dict[int, int]:
@@ -266,7 +280,7 @@ def test_any_half_write_under_any_look_leaves_only_whole_rows(data: st.DataObjec
             with contextlib.suppress(DeadError):
                 writer.write(slot, full_row(value))
 
-        rows.on_read = at(data.draw(st.integers(0, 9)), write)
+        rows.on_read = at(data.draw(st.integers(0, 20)), write)
         reader.refresh()
         for row in reader.values.T.tolist():
             assert len(set(row)) == 1
@@ -287,3 +301,53 @@ def test_guarded_reading_refuses_what_was_written_meanwhile() -> None:
     assert reader.guarded(0, lambda: writer.write(0, full_row(1))) is None
     rows.sequence[0] |= 1
     assert reader.guarded(0, lambda: "read") is None
+
+
+def test_each_twin_is_the_one_that_was_asked_for(twin: str) -> None:
+    assert isinstance(Rows().reader()._snapshot, Snapshot) is (twin == "python")
+
+
+def arrays(columns: int = 2, slots: int = 3) -> list[NDArray[np.int64]]:
+    return [np.zeros(shape, dtype=np.int64) for shape in [slots, (columns, slots), slots, (columns, slots)]]
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda right: right[..., :-1],  # not contiguous, or shorter
+        lambda right: right[:0],
+        lambda right: np.zeros(right.shape, dtype=np.int32),
+        lambda right: np.zeros((1, *right.shape), dtype=np.int64),
+    ],
+)
+def test_arrays_of_different_tables_are_refused(which: int, wrong: Callable[[Any], Any], twin: str) -> None:
+    if twin == "python":
+        pytest.skip("numpy sees to it")
+    them = arrays()
+    them[which] = wrong(them[which])
+    with pytest.raises(ValueError, match=r"array|contiguous"):
+        kind(*them)
+
+
+def test_what_is_read_only_is_not_written(twin: str) -> None:
+    shared, copied = arrays()[:2], arrays()[2:]
+    for array in shared:
+        array.setflags(write=False)
+    assert kind(*shared, *copied).renew(3) == (0, 0)
+    copied[1].setflags(write=False)
+    if twin == "compiled":
+        with pytest.raises(ValueError, match="read-only"):
+            kind(*shared, *copied)
+
+
+@given(st.integers(-1, 5), st.lists(st.integers(0, 9), min_size=4, max_size=4), st.integers(0, 2**32))
+def test_twins_copy_and_miss_the_same_rows(used: int, sequence: list[int], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    shared = np.array(sequence), random.integers(-(2**62), 2**62, (3, 4))
+    found = []
+    for make in [Snapshot, *([seqlock.compiled] if seqlock.compiled else [])]:
+        copied, values = np.array([0, 2, 4, 6]), np.zeros((3, 4), dtype=np.int64)
+        counts = make(*shared, copied, values).renew(max(used, 0))
+        found.append((counts, copied.tolist(), values.tolist()))
+    assert found[1:] == found[:-1]

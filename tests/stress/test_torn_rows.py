@@ -19,7 +19,10 @@ import pytest
 from shm.segment import Block, Layout, Segment
 from shm.seqlock import RowReader, RowWriter
 from tests.support.children import child
+from tests.support.twins import twin
 from tests.support.waiting import until
+
+__all__ = ["twin"]
 
 COLUMNS, SLOTS, BLOB = 16, 8, 1024
 LAYOUT = Layout(
@@ -49,6 +52,10 @@ class UnmarkedWriter(RowWriter):
 
 class UncheckedReader(RowReader):
     """The reader's protection removed: what was copied is believed."""
+
+    def __init__(self, sequence, values, *cells):  # type: ignore[no-untyped-def]  # as the real one
+        super().__init__(sequence, values, *cells)
+        self._shared = values
 
     def refresh(self) -> bool:
         self.values[:] = self._shared

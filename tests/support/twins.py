@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-MODULES = ("shm.cells", "shm.hashtable.layout", "broker.prefix.keys")
+MODULES = ("shm.cells", "shm.seqlock", "shm.hashtable.layout", "broker.prefix.keys")
 """What has a compiled twin; the module's `compiled` is None where it was not built."""
 
 
