@@ -464,8 +464,9 @@ class Forward(Sink):
         if self._status not in FAILED_STATUSES:
             shared.dispatcher.breaker.answers(self._choice.lease.slot)
         shared.counters.observe(_FIRST_TOKEN, self._first_byte)
-        self._disarm()
-        if shared.idle_s and self._call is not None:
+        if shared.first_byte_s:
+            self._disarm()
+        if self._timer is None and shared.idle_s and self._call is not None:  # else a stream's has run since its head
             self._arm(shared.idle_s)
         if self._waited is not None:
             headers = [*headers, (QUEUE_MS, b"%.1f" % (self._waited * 1e3))]
