@@ -2,7 +2,7 @@
    is out of the ordinary is handed back untouched to those whose business it is (conduit.py). tests/frontend/test_conduit.py
 
    A few hundred streams in turn push each other out of the caches, so that an event costs what memory it touches and not
-   what is computed: here it touches one object, of two cache lines, and its own bytes. */
+   what is computed: here it touches one object of a line or two, and buffers that all events share. */
 
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
@@ -17,10 +17,21 @@
 
 enum { NONE = -1 };
 enum { MOST = 64, ROUNDS = 4 }; /* as many are read before the first is sent on (outbox.py); rounds of it in a turn */
-enum { READ_BYTES = 64 * 1024 };
-enum { MOST_DIGITS = 7 }; /* of a chunk's size */
-enum { STEP = 82, CHUNK = 0 }; /* broker/wire.py */
-enum { DELTA_BYTES = 6 }; /* the shortest there is */
+enum { READ_BYTES = 64 * 1024, ARENA_BYTES = 4 * READ_BYTES };
+enum { MOST_DIGITS = 7 };       /* of a chunk's size */
+enum { STEP = 82, CHUNK = 0 };  /* broker/wire.py */
+enum { DELTA_BYTES = 6 };       /* the shortest there is */
+enum { LINE_BYTES = 2 * sizeof(Py_ssize_t) + 2 }; /* a chunk's size, at the most */
+enum { ENDING = 4 };
+static const char USAGE[] = "\"completion_tokens\"";
+enum { USAGE_BYTES = sizeof USAGE - 1, USAGE_LINE = 11 }; /* the latter: where its `_` is, which is rare in texts */
+enum { USAGE_WITHIN = 2048 };                            /* of the last bytes, as frontend/account.py looks for it */
+
+/* The last bytes of a body. */
+typedef struct {
+    char bytes[ENDING];
+    unsigned char many;
+} Ending;
 
 typedef struct {
     PyObject_HEAD
@@ -29,8 +40,10 @@ typedef struct {
     uint64_t next; /* number of the delta that is due */
     double touched;
     Py_ssize_t size, events;
-    PyObject *last, *tail; /* what was sent last, and before it, with its frame; or NULL */
-    PyObject *owner;       /* who is told that the intake has done with it; NULL: it has */
+    Ending ending;
+    unsigned char age; /* of the usage: how many things were sent after it */
+    PyObject *usage;   /* bytes in which the engine says it, or NULL */
+    PyObject *owner;   /* who is told that the intake has done with it; NULL: it has */
 } Conduit;
 
 /* -- what comes ------------------------------------------------------------------------------------------------------ */
@@ -43,9 +56,23 @@ static Py_ssize_t events_in(const char *data, Py_ssize_t size) {
     return found;
 }
 
-/* Of bytes that are whole chunks of HTTP's chunked coding, without extensions and none of them the last: what is in
-   them. False: they are not. */
-static int chunks_in(const char *data, Py_ssize_t length, Py_ssize_t *size, Py_ssize_t *events) {
+static void end_with(Ending *ending, const char *data, Py_ssize_t size) {
+    for (const char *at = size > ENDING ? data + size - ENDING : data; at < data + size; at++) {
+        if (ending->many == ENDING) memmove(ending->bytes, ending->bytes + 1, ENDING - 1);
+        else ending->many++;
+        ending->bytes[ending->many - 1] = *at;
+    }
+}
+
+/* What was read, as far as it is counted. */
+typedef struct {
+    Py_ssize_t size, events;
+    Ending ending;
+} Count;
+
+/* Counts bytes that are whole chunks of HTTP's chunked coding, without extensions and none of them the last. False: they
+   are not. */
+static int count_chunks(const char *data, Py_ssize_t length, Count *count) {
     const char *at = data, *end = data + length;
     while (at < end) {
         Py_ssize_t bytes = 0;
@@ -58,32 +85,44 @@ static int chunks_in(const char *data, Py_ssize_t length, Py_ssize_t *size, Py_s
         }
         if (!bytes || end - at < bytes + 4) return 0;
         if (memcmp(at, "\r\n", 2) || memcmp(at + 2 + bytes, "\r\n", 2)) return 0;
-        *size += bytes;
-        *events += events_in(at + 2, bytes);
+        count->size += bytes;
+        count->events += events_in(at + 2, bytes);
+        end_with(&count->ending, at + 2, bytes);
         at += bytes + 4;
     }
     return length > 0;
 }
 
-static void note(Conduit *to, PyObject *sent, Py_ssize_t size, Py_ssize_t events, double now) {
-    to->touched = now;
-    to->size += size;
-    to->events += events;
-    PyObject *forgotten = to->tail;
-    to->tail = to->last;
-    to->last = sent;
-    Py_XDECREF(forgotten); /* bytes: nothing is called */
+static int says_usage(const char *data, Py_ssize_t length) {
+    const char *at = data, *end = data + length;
+    for (; (at = memchr(at, USAGE[USAGE_LINE], (size_t)(end - at))); at++) {
+        const char *begin = at - USAGE_LINE;
+        if (begin >= data && end - begin >= USAGE_BYTES && !memcmp(begin, USAGE, USAGE_BYTES)) return 1;
+    }
+    return 0;
 }
 
-/* Sends what was noted last. Returns what the socket does not take, or NULL: nothing, or (an exception is set) no memory
-   for it. Errors are the transport's to meet. */
-static PyObject *send_last(Conduit *to) {
-    if (to->client == NONE) return NULL;
-    Py_ssize_t length = PyBytes_GET_SIZE(to->last);
-    ssize_t sent = send(to->client, PyBytes_AS_STRING(to->last), (size_t)length, MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (sent == length) return NULL;
-    if (sent < 0) sent = 0;
-    return PyBytes_FromStringAndSize(PyBytes_AS_STRING(to->last) + sent, length - sent);
+/* `data`: what the count is of. */
+static void note(Conduit *to, const Count *count, const char *data, Py_ssize_t length, double now) {
+    to->touched = now;
+    to->size += count->size;
+    to->events += count->events;
+    to->ending = count->ending;
+    Py_ssize_t within = length < USAGE_WITHIN ? length : USAGE_WITHIN;
+    if (says_usage(data + length - within, within)) {
+        Py_XSETREF(to->usage, PyBytes_FromStringAndSize(data + length - within, within));
+        to->age = 0;
+        if (!to->usage) PyErr_Clear(); /* no memory: the log line is without it */
+    } else if (to->usage && ++to->age == 2) {
+        Py_CLEAR(to->usage);
+    }
+}
+
+/* Sends to the client. Returns how much its socket did not take; errors are the transport's to meet. */
+static Py_ssize_t send_to(const Conduit *to, const char *data, Py_ssize_t length) {
+    if (to->client == NONE) return 0;
+    ssize_t sent = send(to->client, data, (size_t)length, MSG_DONTWAIT | MSG_NOSIGNAL);
+    return sent < 0 ? length : length - sent;
 }
 
 /* -- Conduit --------------------------------------------------------------------------------------------------------- */
@@ -101,8 +140,7 @@ static PyObject *conduit_new(PyTypeObject *type, PyObject *arguments, PyObject *
 }
 
 static void conduit_dealloc(Conduit *self) {
-    Py_XDECREF(self->last);
-    Py_XDECREF(self->tail);
+    Py_XDECREF(self->usage);
     Py_XDECREF(self->owner);
     Py_TYPE(self)->tp_free(self);
 }
@@ -110,6 +148,16 @@ static void conduit_dealloc(Conduit *self) {
 static PyObject *conduit_close(Conduit *self, PyObject *Py_UNUSED(nothing)) {
     self->client = NONE;
     Py_RETURN_NONE;
+}
+
+static PyObject *conduit_ending(Conduit *self, void *Py_UNUSED(nothing)) {
+    return PyBytes_FromStringAndSize(self->ending.bytes, self->ending.many);
+}
+
+/* The usage, if it is that old. */
+static PyObject *conduit_usage(Conduit *self, void *age) {
+    int is_it = self->usage && self->age == (age != NULL);
+    return is_it ? Py_NewRef(self->usage) : PyBytes_FromStringAndSize(NULL, 0);
 }
 
 static PyMethodDef conduit_methods[] = {
@@ -122,9 +170,14 @@ static PyMemberDef conduit_members[] = {
     {"touched", T_DOUBLE, offsetof(Conduit, touched), READONLY, NULL},
     {"size", T_PYSSIZET, offsetof(Conduit, size), READONLY, NULL},
     {"events", T_PYSSIZET, offsetof(Conduit, events), READONLY, NULL},
-    {"last", T_OBJECT, offsetof(Conduit, last), READONLY, NULL},
-    {"tail", T_OBJECT, offsetof(Conduit, tail), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef conduit_properties[] = {
+    {"ending", (getter)conduit_ending, NULL, NULL, NULL},
+    {"last", (getter)conduit_usage, NULL, NULL, NULL},
+    {"tail", (getter)conduit_usage, NULL, NULL, ""},
+    {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyTypeObject ConduitType = {
@@ -135,6 +188,7 @@ static PyTypeObject ConduitType = {
     .tp_dealloc = (destructor)conduit_dealloc,
     .tp_methods = conduit_methods,
     .tp_members = conduit_members,
+    .tp_getset = conduit_properties,
 };
 
 /* -- Intake: HTTP engines -------------------------------------------------------------------------------------------- */
@@ -143,7 +197,7 @@ typedef struct {
     PyObject_HEAD
     int epoll;
     PyObject *joined; /* a set: keeps alive what the kernel has the addresses of */
-    char *read;
+    char *arena;      /* what the engines of a round have said */
 } Intake;
 
 static PyObject *intake_new(PyTypeObject *type, PyObject *Py_UNUSED(arguments), PyObject *Py_UNUSED(named)) {
@@ -151,9 +205,9 @@ static PyObject *intake_new(PyTypeObject *type, PyObject *Py_UNUSED(arguments), 
     if (!self) return NULL;
     self->epoll = epoll_create1(EPOLL_CLOEXEC);
     self->joined = PySet_New(NULL);
-    self->read = PyMem_RawMalloc(READ_BYTES);
+    self->arena = PyMem_RawMalloc(ARENA_BYTES);
     if (self->epoll == NONE) PyErr_SetFromErrno(PyExc_OSError);
-    else if (!self->read) PyErr_NoMemory();
+    else if (!self->arena) PyErr_NoMemory();
     if (PyErr_Occurred()) {
         Py_DECREF(self);
         return NULL;
@@ -164,7 +218,7 @@ static PyObject *intake_new(PyTypeObject *type, PyObject *Py_UNUSED(arguments), 
 static void intake_dealloc(Intake *self) {
     if (self->epoll != NONE) close(self->epoll);
     Py_XDECREF(self->joined);
-    PyMem_RawFree(self->read);
+    PyMem_RawFree(self->arena);
     Py_TYPE(self)->tp_free(self);
 }
 
@@ -216,45 +270,50 @@ static PyObject *intake_leave(Intake *self, PyObject *conduit) {
     Py_RETURN_NONE;
 }
 
-/* Takes a conduit out, to be told of when the turn is over. */
-static int part_with(Intake *self, Conduit *conduit, PyObject **parted, const char *read, Py_ssize_t size, PyObject *unsent) {
-    if (!*parted && !(*parted = PyList_New(0))) return -1;
-    PyObject *owner = part(self, conduit);
-    PyObject *told = unsent ? Py_BuildValue("(Ny#O)", owner, read, size, unsent)
-                            : Py_BuildValue("(Ny#y)", owner, read, size, "");
-    int failed = !told || PyList_Append(*parted, told);
-    Py_XDECREF(told);
-    return failed ? -1 : 0;
-}
+/* What one of them said, on its way to the client. */
+typedef struct {
+    Conduit *conduit;
+    const char *data;
+    Py_ssize_t length;
+    int is_last; /* the socket has more to tell than data */
+} Passing;
 
-/* Reads up to MOST engines, then sends to as many clients. Returns how many had something, or -1. */
-static int a_round(Intake *self, double now, PyObject **parted) {
+/* One that has been taken out, and why. */
+typedef struct {
+    PyObject *owner, *read, *unsent; /* the latter two may be NULL: no memory */
+} Parted;
+
+/* Reads up to MOST engines, then sends to as many clients. Returns how many had something. What is no conduit's business
+   is `parted`. Nothing that the garbage collector knows is made here: it might call what makes a conduit leave. */
+static int a_round(Intake *self, double now, Parted *parted, int *partings) {
     struct epoll_event found[MOST];
-    Conduit *ready[MOST];
-    char ends[MOST];
-    int many = 0, count = epoll_wait(self->epoll, found, MOST, 0);
-    for (int i = 0; i < count; i++) {
-        Conduit *conduit = found[i].data.ptr;
-        int end = (found[i].events & ~(uint32_t)EPOLLIN) != 0;
-        ssize_t got = recv(conduit->engine, self->read, READ_BYTES, MSG_DONTWAIT);
-        if (got < 0 && !end && (errno == EAGAIN || errno == EINTR)) continue; /* nothing, after all */
-        Py_ssize_t size = 0, events = 0;
-        if (got > 0 && got < READ_BYTES && chunks_in(self->read, got, &size, &events)) {
-            PyObject *chunk = PyBytes_FromStringAndSize(self->read, got);
-            if (!chunk) return -1;
-            note(conduit, chunk, size, events, now);
-            ends[many] = (char)end;
-            ready[many++] = conduit;
-        } else if (part_with(self, conduit, parted, self->read, got < 0 ? 0 : got, NULL)) {
-            return -1;
+    Passing passing[MOST];
+    int count = epoll_wait(self->epoll, found, MOST, 0);
+    for (int i = 0; i < count;) {
+        int many = 0;
+        char *at = self->arena, *end = self->arena + ARENA_BYTES;
+        for (; i < count && end - at >= READ_BYTES; i++) {
+            Conduit *conduit = found[i].data.ptr;
+            int is_last = (found[i].events & ~(uint32_t)EPOLLIN) != 0;
+            ssize_t got = recv(conduit->engine, at, READ_BYTES, MSG_DONTWAIT);
+            if (got < 0 && !is_last && (errno == EAGAIN || errno == EINTR)) continue; /* nothing, after all */
+            Count counted = {0, 0, conduit->ending};
+            if (got > 0 && got < READ_BYTES && count_chunks(at, got, &counted)) {
+                note(conduit, &counted, at, got, now);
+                passing[many++] = (Passing){conduit, at, got, is_last};
+                at += got;
+            } else {
+                PyObject *read = PyBytes_FromStringAndSize(at, got < 0 ? 0 : got);
+                parted[(*partings)++] = (Parted){part(self, conduit), read, PyBytes_FromStringAndSize(NULL, 0)};
+            }
         }
-    }
-    for (int i = 0; i < many; i++) {
-        PyObject *unsent = send_last(ready[i]);
-        if (!unsent && PyErr_Occurred()) return -1;
-        int failed = (unsent || ends[i]) && part_with(self, ready[i], parted, "", 0, unsent);
-        Py_XDECREF(unsent);
-        if (failed) return -1;
+        for (Passing *to = passing; to < passing + many; to++) {
+            Py_ssize_t left = send_to(to->conduit, to->data, to->length);
+            if (left || to->is_last) {
+                PyObject *unsent = PyBytes_FromStringAndSize(to->data + to->length - left, left);
+                parted[(*partings)++] = (Parted){part(self, to->conduit), PyBytes_FromStringAndSize(NULL, 0), unsent};
+            }
+        }
     }
     return count;
 }
@@ -262,17 +321,27 @@ static int a_round(Intake *self, double now, PyObject **parted) {
 static PyObject *intake_turn(Intake *self, PyObject *time) {
     double now = PyFloat_AsDouble(time);
     if (now == -1 && PyErr_Occurred()) return NULL;
-    PyObject *parted = NULL;
-    int count = MOST;
-    for (int i = 0; i < ROUNDS && count == MOST; i++) {
-        count = a_round(self, now, &parted);
-        if (PyErr_Occurred()) {
-            Py_XDECREF(parted);
-            return NULL;
+    PyObject *told = NULL;
+    int failed = 0;
+    for (int i = 0, count = MOST; i < ROUNDS && count == MOST && !failed; i++) {
+        Parted parted[MOST];
+        int partings = 0;
+        count = a_round(self, now, parted, &partings);
+        if (partings && !told) failed = !(told = PyList_New(0));
+        for (Parted *one = parted; one < parted + partings; one++) {
+            PyObject *all = failed || !one->read || !one->unsent ? NULL : PyTuple_Pack(3, one->owner, one->read, one->unsent);
+            failed = !all || PyList_Append(told, all);
+            Py_XDECREF(all);
+            Py_XDECREF(one->owner);
+            Py_XDECREF(one->read);
+            Py_XDECREF(one->unsent);
         }
     }
-    if (parted) return parted;
-    Py_RETURN_NONE;
+    if (failed) {
+        Py_XDECREF(told);
+        return NULL;
+    }
+    return told ? told : Py_NewRef(Py_None);
 }
 
 static PyMethodDef intake_methods[] = {
@@ -293,6 +362,106 @@ static PyTypeObject IntakeType = {
     .tp_dealloc = (destructor)intake_dealloc,
     .tp_methods = intake_methods,
     .tp_as_sequence = &intake_sequence,
+};
+
+/* -- Conduits: by the numbers of native requests --------------------------------------------------------------------- */
+
+/* An open table, at most half full: each number at the first free place from its own on. */
+typedef struct {
+    uint64_t id;
+    Conduit *conduit; /* NULL: the place is free */
+} Entry;
+
+typedef struct {
+    PyObject_HEAD
+    Entry *entries;
+    size_t places, used; /* the former is a power of two, or 0 */
+} Conduits;
+
+/* Where the number is, or would be; there is a free place. */
+static Entry *find(const Conduits *self, uint64_t id) {
+    size_t at = id & (self->places - 1);
+    while (self->entries[at].conduit && self->entries[at].id != id) at = (at + 1) & (self->places - 1);
+    return &self->entries[at];
+}
+
+static int grow(Conduits *self) {
+    Conduits grown = {.places = self->places ? 2 * self->places : 16};
+    grown.entries = PyMem_Calloc(grown.places, sizeof(Entry));
+    if (!grown.entries) return -1;
+    for (size_t i = 0; i < self->places; i++) {
+        if (self->entries[i].conduit) *find(&grown, self->entries[i].id) = self->entries[i];
+    }
+    PyMem_Free(self->entries);
+    self->entries = grown.entries;
+    self->places = grown.places;
+    return 0;
+}
+
+static void discard(Conduits *self, uint64_t id) {
+    Entry *entry = self->places ? find(self, id) : NULL;
+    if (!entry || !entry->conduit) return;
+    Conduit *gone = entry->conduit;
+    self->used--;
+    /* Those behind it may have wanted its place. */
+    size_t mask = self->places - 1, free = (size_t)(entry - self->entries);
+    for (size_t at = (free + 1) & mask; self->entries[at].conduit; at = (at + 1) & mask) {
+        if (((at - self->entries[at].id) & mask) >= ((at - free) & mask)) {
+            self->entries[free] = self->entries[at];
+            free = at;
+        }
+    }
+    self->entries[free].conduit = NULL;
+    Py_DECREF(gone);
+}
+
+static PyObject *conduits_add(Conduits *self, PyObject *arguments) {
+    unsigned long long id;
+    Conduit *conduit;
+    if (!PyArg_ParseTuple(arguments, "KO!", &id, &ConduitType, &conduit)) return NULL;
+    if (2 * (self->used + 1) > self->places && grow(self)) return PyErr_NoMemory();
+    Entry *entry = find(self, id);
+    if (!entry->conduit) self->used++;
+    Py_INCREF(conduit);
+    Conduit *old = entry->conduit;
+    *entry = (Entry){id, conduit};
+    Py_XDECREF(old);
+    Py_RETURN_NONE;
+}
+
+static PyObject *conduits_discard(Conduits *self, PyObject *id) {
+    unsigned long long number = PyLong_AsUnsignedLongLong(id);
+    if (number == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+    discard(self, number);
+    Py_RETURN_NONE;
+}
+
+static Py_ssize_t conduits_length(Conduits *self) {
+    return (Py_ssize_t)self->used;
+}
+
+static void conduits_dealloc(Conduits *self) {
+    for (size_t i = 0; i < self->places; i++) Py_XDECREF(self->entries[i].conduit);
+    PyMem_Free(self->entries);
+    Py_TYPE(self)->tp_free(self);
+}
+
+static PyMethodDef conduits_methods[] = {
+    {"add", (PyCFunction)conduits_add, METH_VARARGS, "See _conduit.pyi."},
+    {"discard", (PyCFunction)conduits_discard, METH_O, "See _conduit.pyi."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PySequenceMethods conduits_sequence = {.sq_length = (lenfunc)conduits_length};
+
+static PyTypeObject ConduitsType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "frontend._conduit.Conduits",
+    .tp_basicsize = sizeof(Conduits),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = PyType_GenericNew,
+    .tp_dealloc = (destructor)conduits_dealloc,
+    .tp_methods = conduits_methods,
+    .tp_as_sequence = &conduits_sequence,
 };
 
 /* -- step: native engines -------------------------------------------------------------------------------------------- */
@@ -376,23 +545,6 @@ static Delta *deltas_of(Bytes frame, PyObject *incarnation, Py_ssize_t *count) {
     return deltas;
 }
 
-/* The data as a chunk of HTTP's chunked coding. */
-static PyObject *framed(const char *data, Py_ssize_t size) {
-    char line[2 * sizeof(Py_ssize_t) + 2], *at = line + sizeof line;
-    *--at = '\n';
-    *--at = '\r';
-    for (Py_ssize_t left = size; left; left >>= 4) *--at = "0123456789abcdef"[left & 15];
-    Py_ssize_t digits = line + sizeof line - at;
-    PyObject *chunk = PyBytes_FromStringAndSize(NULL, digits + size + 2);
-    if (chunk) {
-        char *to = PyBytes_AS_STRING(chunk);
-        memcpy(to, at, (size_t)digits);
-        memcpy(to + digits, data, (size_t)size);
-        memcpy(to + digits + size, "\r\n", 2);
-    }
-    return chunk;
-}
-
 static int append(PyObject **list, PyObject *item) {
     if (item && !*list) *list = PyList_New(0);
     int failed = !item || !*list || PyList_Append(*list, item);
@@ -401,41 +553,36 @@ static int append(PyObject **list, PyObject *item) {
 }
 
 /* One delta to its client, or among the others. */
-static int pass_to(Conduit *to, PyObject *id, const Delta *delta, PyObject *conduits, double now, PyObject **others,
-                   PyObject **unsent) {
-    if (!to || !Py_IS_TYPE(to, &ConduitType) || delta->kind != CHUNK || delta->sequence != to->next || !delta->size) {
-        return append(others, Py_BuildValue("(OKKy#)", id, (unsigned long long)delta->sequence,
-                                            (unsigned long long)delta->kind, delta->data, delta->size));
+static int pass(const Delta *delta, Conduits *conduits, double now, PyObject **others, PyObject **unsent) {
+    static char chunk[READ_BYTES]; /* under the GIL */
+    Conduit *to = conduits->used ? find(conduits, delta->id)->conduit : NULL;
+    Py_ssize_t size = delta->size;
+    if (!to || delta->kind != CHUNK || delta->sequence != to->next || !size || size > READ_BYTES - LINE_BYTES - 2) {
+        return append(others, Py_BuildValue("(KKKy#)", (unsigned long long)delta->id, (unsigned long long)delta->sequence,
+                                            (unsigned long long)delta->kind, delta->data, size));
     }
-    PyObject *chunk = framed(delta->data, delta->size);
-    if (!chunk) return -1;
+    char *end = chunk + LINE_BYTES, *at = end; /* the line in front, of as many digits as it takes */
+    *--at = '\n';
+    *--at = '\r';
+    for (Py_ssize_t left = size; left; left >>= 4) *--at = "0123456789abcdef"[left & 15];
+    memcpy(end, delta->data, (size_t)size);
+    memcpy(end + size, "\r\n", 2);
+    Count count = {size, events_in(end, size), to->ending};
+    end_with(&count.ending, end, size);
+    note(to, &count, end, size, now);
     to->next++;
-    note(to, chunk, delta->size, events_in(delta->data, delta->size), now);
-    PyObject *rest = send_last(to);
-    if (!rest) return PyErr_Occurred() ? -1 : 0;
-    /* There may be another delta for it, and that must not overtake the rest of this one. */
-    if (PyDict_DelItem(conduits, id)) {
-        Py_DECREF(rest);
-        return -1;
-    }
-    return append(unsent, Py_BuildValue("(ON)", id, rest));
-}
-
-static int pass(const Delta *delta, PyObject *conduits, double now, PyObject **others, PyObject **unsent) {
-    PyObject *id = PyLong_FromUnsignedLongLong(delta->id);
-    if (!id) return -1;
-    PyObject *to = Py_XNewRef(PyDict_GetItemWithError(conduits, id));
-    int failed = !to && PyErr_Occurred() ? -1 : pass_to((Conduit *)to, id, delta, conduits, now, others, unsent);
-    Py_XDECREF(to);
-    Py_DECREF(id);
-    return failed;
+    Py_ssize_t length = end + size + 2 - at, left = send_to(to, at, length);
+    if (!left) return 0;
+    discard(conduits, delta->id); /* there may be another delta for it, and that must not overtake the rest of this */
+    return append(unsent, Py_BuildValue("(Ky#)", (unsigned long long)delta->id, at + length - left, left));
 }
 
 static PyObject *step(PyObject *Py_UNUSED(module), PyObject *arguments) {
     Py_buffer frame;
-    PyObject *incarnation, *conduits, *others = NULL, *unsent = NULL, *found = NULL;
+    PyObject *incarnation, *others = NULL, *unsent = NULL, *found = NULL;
+    Conduits *conduits;
     double now;
-    if (!PyArg_ParseTuple(arguments, "y*O!O!d", &frame, &PyBytes_Type, &incarnation, &PyDict_Type, &conduits, &now)) {
+    if (!PyArg_ParseTuple(arguments, "y*O!O!d", &frame, &PyBytes_Type, &incarnation, &ConduitsType, &conduits, &now)) {
         return NULL;
     }
     Py_ssize_t count;
@@ -466,7 +613,9 @@ static PyMethodDef methods[] = {
 };
 
 static int execute(PyObject *module) {
-    return PyModule_AddType(module, &ConduitType) || PyModule_AddType(module, &IntakeType) ? -1 : 0;
+    int failed = PyModule_AddType(module, &ConduitType) || PyModule_AddType(module, &ConduitsType) ||
+                 PyModule_AddType(module, &IntakeType);
+    return failed ? -1 : 0;
 }
 
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, execute}, {0, NULL}};

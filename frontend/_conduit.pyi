@@ -13,10 +13,12 @@ class Conduit:
     size: Final[int]
     """Bytes of the body."""
     events: Final[int]
-    last: Final[bytes | None]
-    """What was sent last, as a chunk in its frame; several, if they came together."""
-    tail: Final[bytes | None]
-    """And before it."""
+    ending: Final[bytes]
+    """The last four bytes of the body, or all that have been sent."""
+    last: Final[bytes]
+    """What was sent last, or the end of it, if the engine's usage is in there; else nothing."""
+    tail: Final[bytes]
+    """The same of what was sent before it, if `last` is nothing."""
     def close(self) -> None:
         """The client is gone, or about to be: nothing is sent any more. Idempotent."""
 
@@ -37,8 +39,19 @@ class Intake:
         """Passes on what has come. Returns the owners of those that have left by it, with what was read and is not a
         whole number of chunks (nothing: look at the socket), and what the client's socket did not take."""
 
+@final
+class Conduits:
+    """By the numbers of native requests."""
+
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, number: int, conduit: Conduit, /) -> None:
+        """In the place of another one, if there is one with that number."""
+    def discard(self, number: int, /) -> None:
+        """Idempotent."""
+
 def step(
-    frame: bytes | memoryview, incarnation: bytes, conduits: dict[int, Conduit], now: float, /
+    frame: bytes | memoryview, incarnation: bytes, conduits: Conduits, now: float, /
 ) -> tuple[()] | tuple[list[tuple[int, int, int, bytes]], list[tuple[int, bytes]]] | None:
     """Passes on what a native engine's step has for these conduits, by the numbers of their requests. Returns the
     deltas that are not theirs, or not just the next piece of an answer, and what clients' sockets did not take.

@@ -527,11 +527,11 @@ class Forward(Sink):
     def _count_conduit(self) -> None:
         """It is over; what it has counted is ours."""
         conduit, self._conduit = self._conduit, None
-        if conduit is not None and conduit.last is not None:
+        if conduit is not None and conduit.size:
             self._touched = conduit.touched
             self._bytes += conduit.size
             self._events += conduit.events
-            self._tail, self._last = conduit.tail or self._last, conduit.last
+            self._tail, self._last = conduit.tail, conduit.last
 
     def _end(self, outcome: Outcome, now: float | None = None, reason: str | None = None) -> None:
         """`now`: if the caller knows it already. `reason`: of a failure, if the client is not told it."""

@@ -41,6 +41,7 @@ _UNTIL_CLOSE: Final = -1
 """Instead of a length: HTTP/1.0 knows no chunks, so the connection's end is the body's."""
 _BODILESS: Final = frozenset((204, 304))
 _OK: Final = STATUS_LINE[200]
+_CRLF: Final = b"\r\n"
 
 _SIZES: Final = tuple([b"%x\r\n" % size for size in range(1024)])
 """Lines of chunks: nearly all events are so small, and to format a size takes longer than all else of a frame."""
@@ -304,8 +305,8 @@ class LeanCycle(Sink):
 
     def _forget_conduit(self) -> None:
         conduit, self._conduit = self._conduit, None
-        if conduit is not None and conduit.last is not None:
-            self._last = conduit.last
+        if conduit is not None and conduit.size:
+            self._last = conduit.ending + _CRLF
 
     def _uncount(self) -> None:
         self._lean.inference.receiving.give_back(self._counted)

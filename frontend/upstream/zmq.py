@@ -160,12 +160,12 @@ class ZmqUpstream(Upstream):
             self.turn_soon()
 
     def lend(self, call: ZmqCall, conduit: Conduit) -> None:
-        if isinstance(call.peer, Peer):
-            call.peer.conduits[call.id] = conduit
+        if isinstance(call.peer, Peer) and call.peer.conduits is not None:
+            call.peer.conduits.add(call.id, conduit)
 
     def take_back(self, call: ZmqCall) -> None:
-        if isinstance(call.peer, Peer):
-            call.peer.conduits.pop(call.id, None)
+        if isinstance(call.peer, Peer) and call.peer.conduits is not None:
+            call.peer.conduits.discard(call.id)
 
     def release(self, call: ZmqCall) -> None:
         self._calls.pop(call.id, None)

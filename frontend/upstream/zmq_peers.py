@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 from broker import wire, zmtp
 from broker.errors import ConnectFailed, EngineSaturated, PenstockError, UpstreamBroken
 from broker.types import Instance
+from frontend import conduit
 from frontend.upstream.zmq_address import Address
 from frontend.upstream.zmq_request import opening
 
 if TYPE_CHECKING:
-    from frontend._conduit import Conduit
+    from frontend._conduit import Conduits
 
 JOIN_BYTES: Final = 64 * 1024
 """What a turn has to say is copied into one piece up to this size; above, that costs more than it saves."""
@@ -47,7 +48,7 @@ class Peer:
         self.is_broken = False
         """Nothing more comes; what has come may still be unread."""
         self.is_lost = False
-        self.conduits: dict[int, Conduit] = {}
+        self.conduits: Conduits | None = None if conduit.compiled is None else conduit.compiled.Conduits()
         """The answers that flow, by the numbers of their requests."""
         self.aborts: list[int] = []
         """Requests it need not go on with; told together at the end of the turn."""
