@@ -33,7 +33,16 @@ FULL_REPORTS = 2
 STEP = 4
 """An instance of unknown capacity may grow by a fourth of what it had at its last report."""
 
+# Looked at for every request after a report, and names of enums are looked up one by one.
 _CAPACITY: Final = int(Column.CAPACITY)
+_IN_FLIGHT_THEN: Final = int(Column.IN_FLIGHT_THEN)
+_KV_PERMILLE: Final = int(Column.KV_PERMILLE)
+_LENT_THEN: Final = int(Column.LENT_THEN)
+_REPORTED_NS: Final = int(Column.REPORTED_NS)
+_RUNNING: Final = int(Column.RUNNING)
+_WAITED: Final = int(Column.WAITED)
+_WAITING: Final = int(Column.WAITING)
+_NATIVE: Final = EngineKind.NATIVE
 _NEVER: Final = 1 << 61
 
 
@@ -77,20 +86,20 @@ class Saturation:
         return limit.requests - self._taken(slot)
 
     def _limit(self, slot: int) -> _Limit:
-        row = self._table.row(slot)
-        limit = row[_CAPACITY] or self._default
-        if limit and self._table.instance(slot).engine is EngineKind.NATIVE:
+        table = self._table
+        limit = table.cell(_CAPACITY, slot) or self._default
+        if limit and table.instance(slot).engine is _NATIVE:
             return _Limit(limit, _NEVER)
-        others, until_ns = 0, _NEVER
-        if self._is_fresh(row):
-            until_ns = row[Column.REPORTED_NS] + self._table.stale_after_ns
-            running, waiting = row[Column.RUNNING], row[Column.WAITING]
+        others, until_ns, reported_ns = 0, _NEVER, table.cell(_REPORTED_NS, slot)
+        if self._is_fresh(reported_ns):
+            until_ns = reported_ns + table.stale_after_ns
+            running, waiting = table.cell(_RUNNING, slot), table.cell(_WAITING, slot)
             if running >= 0 and waiting >= 0:
-                others = max(0, running + waiting - _ours_then(row))
-            full = row[Column.KV_PERMILLE] >= FULL_KV_PERMILLE
-            if full or (not limit and row[Column.WAITED] >= FULL_REPORTS):
+                others = max(0, running + waiting - self._ours_then(slot))
+            full = table.cell(_KV_PERMILLE, slot) >= FULL_KV_PERMILLE
+            if full or (not limit and table.cell(_WAITED, slot) >= FULL_REPORTS):
                 # As many as it runs: with fewer it would idle until its next report.
-                runs = running if running >= 0 else _ours_then(row)
+                runs = running if running >= 0 else self._ours_then(slot)
                 limit = max(1, min(runs, limit or runs))
         return _Limit(limit - others if limit else UNLIMITED, until_ns)
 
@@ -100,10 +109,9 @@ class Saturation:
         room = self.room(slot)
         if room < UNLIMITED:
             return room
-        row: list[int] = self._table.snapshot[:, slot].tolist()
-        if not self._is_fresh(row):
+        if not self._is_fresh(self._table.cell(_REPORTED_NS, slot)):
             return UNLIMITED
-        then = _ours_then(row)
+        then = self._ours_then(slot)
         return max(1, then // STEP) - max(0, self._taken(slot) - then)
 
     def is_held(self, slot: int) -> bool:
@@ -114,11 +122,9 @@ class Saturation:
         queue = self._queue
         return queue[self._reserved + slot] + queue[self._lent + slot] + self._table.live_at(slot)
 
-    def _is_fresh(self, row: list[int]) -> bool:
-        reported_ns = row[Column.REPORTED_NS]
+    def _is_fresh(self, reported_ns: int) -> bool:
         return reported_ns > 0 and self._clock() - reported_ns <= self._table.stale_after_ns
 
-
-def _ours_then(row: list[int]) -> int:
-    """Requests that this host knew of at the time of the report."""
-    return row[Column.IN_FLIGHT_THEN] + row[Column.LENT_THEN]
+    def _ours_then(self, slot: int) -> int:
+        """Requests that this host knew of at the time of the report."""
+        return self._table.cell(_IN_FLIGHT_THEN, slot) + self._table.cell(_LENT_THEN, slot)

@@ -93,6 +93,7 @@ class TableReader:
         self._gauges = gauges(counters.array("slots"), counters.cells("cells")[CountersCell.ROWS :], used)
         self.snapshot = self._rows.values
         """(Column, slots) as of the last look."""
+        self._own = quick(self.snapshot.reshape(-1).data)  # the same; a single one is several times cheaper
         self.stamp = 0
         """Rises whenever the snapshot changes."""
         self.selections = 0
@@ -104,8 +105,6 @@ class TableReader:
         self._decoded: dict[int, tuple[int, int, Instance]] = {}
         self._groups: dict[int, Group] = {}
         self._refused: set[int] = set()
-        self._row_lists: dict[int, list[int]] = {}
-        self._rows_stamp = 0
 
     @classmethod
     def attach(cls, run_dir: Path, config: Config, clock: Callable[[], int] = time.monotonic_ns) -> TableReader:
@@ -195,15 +194,9 @@ class TableReader:
         self._refresh()
         return list(self._entries.values())
 
-    def row(self, slot: int) -> list[int]:
-        """The slot's cells as of the last view, by Column; kept while the snapshot stands."""
-        if self.stamp != self._rows_stamp:
-            self._row_lists.clear()
-            self._rows_stamp = self.stamp
-        row = self._row_lists.get(slot)
-        if row is None:
-            row = self._row_lists[slot] = self.snapshot[:, slot].tolist()
-        return row
+    def cell(self, column: int, slot: int) -> int:
+        """As of the last view."""
+        return self._own[column * self._slots + slot]
 
     def instance(self, slot: int) -> Instance:
         """The instance in `slot` as of the last view. KeyError when there is none."""

@@ -56,52 +56,48 @@ refuse:
 }
 
 static int interrupt(PyObject *call) {
+    if (call == NULL) return 0;
     PyObject *done = PyObject_CallNoArgs(call);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
 }
 
-#define LOAD(into, cell, order)                                                           \
-    do {                                                                                  \
-        if (s->before_load != NULL && interrupt(s->before_load) < 0) return -1;           \
-        (into) = __atomic_load_n(&(cell), (order));                                       \
+#define LOAD(into, cell, order)                        \
+    do {                                               \
+        if (interrupt(s->before_load) < 0) return -1;  \
+        (into) = __atomic_load_n(&(cell), (order));    \
     } while (0)
 
 /* 1 once the row is copied, 0 if it is being written, or was meanwhile; -1 with an exception. */
 static int copy(Snapshot *s, Py_ssize_t slot, int64_t before) {
-    int64_t after;
+    const Py_ssize_t columns = s->columns, slots = s->slots;
+    const int64_t *shared = s->shared + slot;
+    int64_t *own = s->values + slot, *row = s->row, after;
     if (before & 1) return 0;
-    const int64_t *cell = s->shared + slot;
-    for (Py_ssize_t column = 0; column < s->columns; column++, cell += s->slots)
-        LOAD(s->row[column], *cell, __ATOMIC_RELAXED);
+    for (Py_ssize_t column = 0; column < columns; column++)
+        LOAD(row[column], shared[column * slots], __ATOMIC_RELAXED);
     FENCE();
     LOAD(after, s->sequence[slot], __ATOMIC_RELAXED);
     if (after != before) return 0;
-    int64_t *own = s->values + slot;
-    for (Py_ssize_t column = 0; column < s->columns; column++, own += s->slots) *own = s->row[column];
+    for (Py_ssize_t column = 0; column < columns; column++) own[column * slots] = row[column];
     s->copied[slot] = before;
     return 1;
 }
 
-static int renew_rows(Snapshot *s, Py_ssize_t used, long *copied, long *missed) {
-    if (used > s->slots) used = s->slots;
-    for (Py_ssize_t slot = 0; slot < used; slot++) {
-        int64_t before;
-        LOAD(before, s->sequence[slot], __ATOMIC_ACQUIRE);
-        if (before == s->copied[slot]) continue;
-        int done = copy(s, slot, before);
-        if (done < 0) return -1;
-        *(done ? copied : missed) += 1;
-    }
-    return 0;
-}
-
 static PyObject *renew(Snapshot *s, PyObject *given) {
-    long copied = 0, missed = 0;
+    Py_ssize_t rows[2] = {0, 0}; /* missed, copied */
     Py_ssize_t used = PyLong_AsSsize_t(given);
     if (used == -1 && PyErr_Occurred()) return NULL;
-    if (renew_rows(s, used, &copied, &missed) < 0) return NULL;
-    return Py_BuildValue("ll", copied, missed);
+    if (used > s->slots) used = s->slots;
+    for (Py_ssize_t slot = 0; slot < used; slot++) {
+        if (interrupt(s->before_load) < 0) return NULL;
+        int64_t before = __atomic_load_n(&s->sequence[slot], __ATOMIC_ACQUIRE);
+        if (before == s->copied[slot]) continue;
+        int done = copy(s, slot, before);
+        if (done < 0) return NULL;
+        rows[done]++;
+    }
+    return Py_BuildValue("nn", rows[1], rows[0]);
 }
 
 static PyObject *set_before_load(Snapshot *s, PyObject *call) {
