@@ -95,13 +95,14 @@ def test_idle_timer(benchmark: BenchmarkFixture, loop: asyncio.AbstractEventLoop
         def idled(self) -> None: ...
 
     idler, shared = Idler(), IdleConnections(loop, 75.0)
+    silence = shared.watch(idler)
 
     def each() -> None:
         loop.call_later(75.0, idler.idled).cancel()
 
     def together() -> None:
-        shared.enter(idler)
-        shared.leave(idler)
+        silence.begin()
+        silence.end()
 
     run: Callable[[], None] = each if way == "call_later" else together
     benchmark(run)

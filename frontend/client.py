@@ -15,9 +15,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from uvicorn.server import ServerState
-
-from frontend.idle import IdleConnections
+from frontend.idle import Silence
 from frontend.lean import Lean, LeanCycle
 from frontend.outbox import Outbox, Outlet
 
@@ -33,7 +31,6 @@ class Rest(Protocol):
         """A request that was begun here is under way; from now on its end is told to `on_response_complete`."""
 
     def on_response_complete(self) -> None: ...
-    def idled(self) -> None: ...
 
     # What the transport calls:
     def data_received(self, data: bytes) -> None: ...
@@ -52,8 +49,7 @@ class Client:
         transport: asyncio.Transport,
         peer: str,
         lean: Lean,
-        state: ServerState,
-        idle: IdleConnections,
+        silence: Silence,
         outbox: Outbox,
     ) -> None:
         """`peer`: the client's address."""
@@ -69,8 +65,7 @@ class Client:
         self._outbox = outbox
         self._is_closing = transport.is_closing
         self._lean = lean
-        self._state = state
-        self._idle = idle
+        self._silence = silence
         self._cycle: LeanCycle | None = None  # the request that went the short way, until it is answered or adopted
         self._steps_aside = False
 
@@ -134,7 +129,7 @@ class Client:
             return False
         self.is_free = False
         self.has_served = True
-        self._idle.leave(self._connection)
+        self._silence.end()
         self._cycle = cycle = lean.cycle(self, head, keep_alive=head.keep_alive)
         cycle.more_body = False
         cycle.begin_with(body)
@@ -147,10 +142,9 @@ class Client:
             self._connection.on_response_complete()
             return
         self._cycle = None
-        self._state.total_requests += 1
         if cycle.keep_alive:  # else the transport is closing
             self.is_free = True
-            self._idle.enter(self._connection)
+            self._silence.begin()
 
     def _hand_over(self) -> None:
         self.is_free = False

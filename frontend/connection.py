@@ -38,7 +38,7 @@ from frontend.answer import PAUSE_AT, whole_error
 from frontend.api import too_large
 from frontend.client import Client
 from frontend.errors import BodyTooSlow, HeadTooLarge, Malformed
-from frontend.idle import IdleConnections
+from frontend.idle import IdleConnections, Silence
 from frontend.lean import Lean, LeanCycle
 from frontend.outbox import Outbox
 from frontend.request_head import read_head, says_too_large
@@ -84,6 +84,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(config=config, server_state=state, app_state=app_state)
         self._counters = counters
         self._idle = idle
+        self._silence: Silence  # from when there is a transport on
         self._lean = lean
         self._bound = bound
         self._client: Client | None = None  # what the transport calls instead of us, as long as there is one
@@ -107,18 +108,18 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
         super().connection_made(transport)
+        self._silence = self._idle.watch(self)
         if self._lean is not None:
             peer = self.client[0] if self.client else ""
-            self._client = Client(self, transport, peer, self._lean, self.server_state, self._idle, self._outbox)
+            self._client = Client(self, transport, peer, self._lean, self._silence, self._outbox)
             transport.set_protocol(cast("asyncio.Protocol", self._client))  # by its methods
         if self._bound < PAUSE_AT:  # which is the transports' own
             transport.set_write_buffer_limits(high=self._bound)
         self._counters.count(TotalColumn.CONNECTIONS_OPENED)
-        self._idle.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._counters.count(TotalColumn.CONNECTIONS_CLOSED)
-        self._idle.leave(self)
+        self._idle.forget(self._silence)
         self._part()
         self._client = None
         super().connection_lost(exc)
@@ -182,7 +183,7 @@ class Connection(HttpToolsProtocol):
         fresh, self._fresh = self._fresh, b""
         self._requested = self._in_body = True
         self._dry_bytes = 0
-        self._idle.leave(self)
+        self._silence.end()
         if self._is_full:
             return
         modern = self._check_head()
@@ -249,7 +250,7 @@ class Connection(HttpToolsProtocol):
         self._dry_bytes = 0
         self._is_between = True
         if self._running is not None:
-            self._idle.leave(self)
+            self._silence.end()
         cycle = self._current
         if self._is_full or self._upgrades or cycle is None or cycle.response_complete:
             return
@@ -267,7 +268,7 @@ class Connection(HttpToolsProtocol):
             cycle.goes_on()
             self._go_on(cycle)
         if self._running is cycle:
-            self._idle.enter(self)  # its body comes, and must go on coming
+            self._silence.begin()  # its body comes, and must go on coming
 
     def _body_comes(self) -> None:
         if self._keeps_alive_with_body:
@@ -297,7 +298,7 @@ class Connection(HttpToolsProtocol):
         """uvicorn's name for: it is this request's turn."""
         self._running = running = cast("Cycle", cycle)
         if running.more_body:
-            self._idle.enter(self)
+            self._silence.begin()
         if isinstance(running, LeanCycle):
             if running.more_body and running is self._current and self.expect_100_continue:
                 if running.is_ready:  # refused: whether its body will follow nobody knows
@@ -316,7 +317,6 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """The running request, of whichever kind, has been answered."""
-        self.server_state.total_requests += 1
         self._running = None
         self._advance()
 
@@ -334,7 +334,7 @@ class Connection(HttpToolsProtocol):
             elif self._is_full:
                 self._close()
             else:
-                self._idle.enter(self)
+                self._silence.begin()
                 if self._client is not None:
                     self._client.is_free = self.is_at_rest
                 break

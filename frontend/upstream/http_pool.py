@@ -23,8 +23,8 @@ from frontend.upstream.base import AnswerHead
 from frontend.upstream.http_connection import Connection, Exchange, Owner
 from frontend.upstream.http_intake import HttpIntake
 
-IDLE_S = 60.0
-"""A connection unused for this long is closed."""
+IDLE_S = 30.0
+"""A connection that nobody has needed for this long is closed, at the latest when twice as much has passed."""
 
 
 _PORTS = {"http": 80, "https": 443}
@@ -96,19 +96,20 @@ class Pool(Owner):
         self.address = Address(url)
         self._limit = limit
         self._loop = loop
-        self._time = loop.time
         self._idle_s = idle_s
         self._connections: set[Connection] = set()
-        self._idle: dict[Connection, float] = {}
-        """Since when (loop time) each has been idle; the last one is the one used last."""
+        self._idle: list[Connection] = []
+        """The last one is the one used last. Those that are gone are found out when they are taken."""
+        self._unneeded = 0
+        """So many of them, the first ones, have lain there since the reaper looked last."""
         self._waiting: dict[Waiter, None] = {}
         """In order of arrival; a dict, because leaving out of turn must not cost a search."""
         self._reaper: asyncio.TimerHandle | None = None
         self._retired = False
 
     def __repr__(self) -> str:
-        busy = len(self._connections) - len(self._idle)
-        return f"<Pool {self.url} busy={busy} idle={len(self._idle)} waiting={len(self._waiting)}>"
+        busy = sum([connection.exchange is not None for connection in self._connections])
+        return f"<Pool {self.url} busy={busy} idle={len(self._connections) - busy} waiting={len(self._waiting)}>"
 
     @property
     def is_empty(self) -> bool:
@@ -116,8 +117,11 @@ class Pool(Owner):
 
     def idle(self) -> Connection | None:
         """The connection used last among those that are free and still open."""
-        while self._idle:
-            connection, _ = self._idle.popitem()
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            if len(idle) < self._unneeded:
+                self._unneeded = len(idle)
             if connection.is_usable:
                 return connection
         return None
@@ -144,9 +148,8 @@ class Pool(Owner):
     def retire(self) -> None:
         """The instance is gone: idle connections are closed now, busy ones when their answers have ended."""
         self._retired = True
-        for connection in list(self._idle):
-            connection.abort()
-        self._idle.clear()
+        self._abort(self._idle)
+        self._idle, self._unneeded = [], 0
 
     def close(self, error: PenstockError) -> None:
         """Ends everything; calls under way or waiting hear the error."""
@@ -173,13 +176,12 @@ class Pool(Owner):
         elif self._retired:
             connection.abort()
         else:
-            self._idle[connection] = self._time()
+            self._idle.append(connection)
             if self._reaper is None:
                 self._reaper = self._loop.call_later(self._idle_s, self._reap)
 
     def gone(self, connection: Connection) -> None:
         self._connections.discard(connection)
-        self._idle.pop(connection, None)
         if self._waiting and len(self._connections) < self._limit:
             waiter = next(iter(self._waiting))
             del self._waiting[waiter]
@@ -209,11 +211,12 @@ class Pool(Owner):
                 exchange.fail(error)
 
     def _reap(self) -> None:
-        self._reaper = None
-        oldest_kept = self._loop.time() - self._idle_s
-        for connection, since in list(self._idle.items()):  # oldest first
-            if since > oldest_kept and connection.is_usable:
-                self._reaper = self._loop.call_later(since - oldest_kept, self._reap)
-                break
-            del self._idle[connection]
-            connection.abort()
+        unneeded, self._idle = self._idle[: self._unneeded], self._idle[self._unneeded :]
+        self._unneeded = len(self._idle)
+        self._reaper = self._loop.call_later(self._idle_s, self._reap) if self._idle else None
+        self._abort(unneeded)
+
+    def _abort(self, idle: list[Connection]) -> None:
+        for connection in idle:
+            if connection.is_usable:
+                connection.abort()

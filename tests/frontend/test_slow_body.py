@@ -33,10 +33,10 @@ def test_one_that_goes_on_is_waited_for(site: Site, path: Path) -> None:
     async def run() -> None:
         wire = await site.fed(path, HALF[:-2])
         for byte in (b"{", b"}"):
-            since = wire.idle._since[wire.connection]
+            since = wire.connection._silence.since
             await asyncio.sleep(0.002)
             wire.feed(byte)
-            assert wire.idle._since[wire.connection] > since
+            assert wire.connection._silence.since > since
         wire.feed(b" ")
         assert len(wire.idle) == 0
         await wire.settle()
