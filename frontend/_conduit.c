@@ -296,7 +296,7 @@ static int a_round(Intake *self, double now, Parted *parted, int *partings) {
             Conduit *conduit = found[i].data.ptr;
             int is_last = (found[i].events & ~(uint32_t)EPOLLIN) != 0;
             ssize_t got = recv(conduit->engine, at, READ_BYTES, MSG_DONTWAIT);
-            if (got < 0 && !is_last && (errno == EAGAIN || errno == EINTR)) continue; /* nothing, after all */
+            if (got < 0 && !is_last && errno == EAGAIN) continue; /* nothing, after all */
             Count counted = {0, 0, conduit->ending};
             if (got > 0 && got < READ_BYTES && count_chunks(at, got, &counted)) {
                 note(conduit, &counted, at, got, now);
@@ -558,6 +558,7 @@ static int pass(const Delta *delta, Conduits *conduits, double now, PyObject **o
     Conduit *to = conduits->used ? find(conduits, delta->id)->conduit : NULL;
     Py_ssize_t size = delta->size;
     if (!to || delta->kind != CHUNK || delta->sequence != to->next || !size || size > READ_BYTES - LINE_BYTES - 2) {
+        if (to) discard(conduits, delta->id); /* what may follow must not overtake this */
         return append(others, Py_BuildValue("(KKKy#)", (unsigned long long)delta->id, (unsigned long long)delta->sequence,
                                             (unsigned long long)delta->kind, delta->data, size));
     }
@@ -573,7 +574,7 @@ static int pass(const Delta *delta, Conduits *conduits, double now, PyObject **o
     to->next++;
     Py_ssize_t length = end + size + 2 - at, left = send_to(to, at, length);
     if (!left) return 0;
-    discard(conduits, delta->id); /* there may be another delta for it, and that must not overtake the rest of this */
+    discard(conduits, delta->id); /* nor the rest of this */
     return append(unsent, Py_BuildValue("(Ky#)", (unsigned long long)delta->id, at + length - left, left));
 }
 

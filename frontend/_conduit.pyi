@@ -54,6 +54,7 @@ def step(
     frame: bytes | memoryview, incarnation: bytes, conduits: Conduits, now: float, /
 ) -> tuple[()] | tuple[list[tuple[int, int, int, bytes]], list[tuple[int, bytes]]] | None:
     """Passes on what a native engine's step has for these conduits, by the numbers of their requests. Returns the
-    deltas that are not theirs, or not just the next piece of an answer, and what clients' sockets did not take.
+    deltas that are not theirs, or not just the next piece of an answer, and what clients' sockets did not take; whoever
+    is among either is no longer in the table.
 
     None: this is not a plain step of this life of an engine, and nothing was done."""

@@ -531,7 +531,8 @@ class Forward(Sink):
             self._touched = conduit.touched
             self._bytes += conduit.size
             self._events += conduit.events
-            self._tail, self._last = conduit.tail, conduit.last
+            self._tail = conduit.tail or (self._last if conduit.events < 2 else b"")  # what came before one event
+            self._last = conduit.last
 
     def _end(self, outcome: Outcome, now: float | None = None, reason: str | None = None) -> None:
         """`now`: if the caller knows it already. `reason`: of a failure, if the client is not told it."""

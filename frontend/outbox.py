@@ -109,7 +109,7 @@ class Outlet:
     def conduit(self) -> Conduit | None:
         """The short way to this socket, for who writes nothing else meanwhile. None: it is the transport's turn."""
         transport, compiled = self.transport, conduit.compiled
-        if compiled is None or self._socket == NONE:
+        if compiled is None or self._socket == NONE or transport.get_write_buffer_size():
             return None
         if self.held:
             self._outbox.flush()

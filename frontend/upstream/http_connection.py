@@ -306,16 +306,21 @@ class Connection:
     def parted(self, read: bytes, unsent: bytes) -> None:
         """The intake's word that the conduit has left: for what was `read`, for what the client did not take, or for
         what only the transport can find out about the socket."""
-        stream, transport = self._stream, self._transport
+        exchange, transport = self.exchange, self._transport
         self._conduit = None
-        if stream is None or transport is None:
+        if exchange is None or transport is None:
             return
-        if unsent:
-            stream.unsent(unsent)
-        if self._stream is not None and not transport.is_closing():
+        if unsent and exchange.whole is not None:
+            exchange.whole.unsent(unsent)
+        if not exchange.paused and not transport.is_closing():
             transport.resume_reading()
         if read:
             self.data_received(read)
+
+    def break_off(self) -> None:
+        """As if the engine had: `connection_lost` follows."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def _is_unsent(self, transport: asyncio.Transport) -> bool:
         """Of the request something is still to be written."""
