@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 NOW = 12.5
 EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
-Noted = tuple[int, int, bytes | None, bytes | None, float]
-"""Of a conduit: size, events, last, tail, touched."""
+USAGE = b'data: {"choices":[],"usage":{"completion_tokens":42}}\n\n'
+Noted = tuple[int, int, bytes, bytes, bytes, float]
+"""Of a conduit: size, events, ending, last, tail, touched."""
 
 
 def framed(data: bytes) -> bytes:
@@ -53,27 +54,33 @@ class Ends:
     @property
     def noted(self) -> Noted:
         it = self.conduit
-        return it.size, it.events, it.last, it.tail, it.touched
+        return it.size, it.events, it.ending, it.last, it.tail, it.touched
 
 
-def whole_chunks(data: bytes) -> list[tuple[bytes, int]] | None:
-    """The chunks that the data is, each in its frame and with its size; None: it is something else."""
+def whole_chunks(data: bytes) -> list[bytes] | None:
+    """What is in the chunks that the data is; None: it is something else."""
     found = []
     while data:
         end = next((end for end in range(1, len(data) + 1) if chunk_size(data[:end])), 0)
         if not end:
             return None
-        found.append((data[:end], chunk_size(data[:end])))
+        found.append(data[end - 2 - chunk_size(data[:end]) : end - 2])
         data = data[end:]
     return found
 
 
-def noted_of(reads: list[bytes]) -> Noted:
-    """What a conduit has noted after these, all of them whole chunks."""
-    chunks = [chunk for read in reads for chunk in whole_chunks(read) or ()]
-    events = sum(_events(data, len(data) - size - 2, len(data) - 2) for data, size in chunks)
-    last, tail = ([*reads[::-1], None, None])[:2]
-    return sum(size for _, size in chunks), events, last, tail, NOW if reads else 0.0
+def noted_of(sent: list[bytes], bodies: list[bytes]) -> Noted:
+    """What a conduit has noted after it has sent these, with these bodies in them."""
+    body = b"".join(bodies)
+    last, tail = (_usage(data) for data in [*sent[::-1], b"", b""][:2])
+    events = sum(_events(data, 0, len(data)) for data in bodies)
+    return len(body), events, body[-4:], last, b"" if last else tail, NOW if sent else 0.0
+
+
+def _usage(data: bytes) -> bytes:
+    """What there is to keep of what was sent."""
+    end = data[-2048:]
+    return end if b'"completion_tokens"' in end else b""
 
 
 @st.composite
