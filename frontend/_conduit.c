@@ -275,7 +275,6 @@ typedef struct {
     Conduit *conduit;
     const char *data;
     Py_ssize_t length;
-    int is_last; /* the socket has more to tell than data */
 } Passing;
 
 /* One that has been taken out, and why. */
@@ -294,13 +293,13 @@ static int a_round(Intake *self, double now, Parted *parted, int *partings) {
         char *at = self->arena, *end = self->arena + ARENA_BYTES;
         for (; i < count && end - at >= READ_BYTES; i++) {
             Conduit *conduit = found[i].data.ptr;
-            int is_last = (found[i].events & ~(uint32_t)EPOLLIN) != 0;
-            ssize_t got = recv(conduit->engine, at, READ_BYTES, MSG_DONTWAIT);
-            if (got < 0 && !is_last && errno == EAGAIN) continue; /* nothing, after all */
+            /* An error is told once, and has to be told to the transport: it reads whatever is left of an engine that ends. */
+            ssize_t got = found[i].events == EPOLLIN ? recv(conduit->engine, at, READ_BYTES, MSG_DONTWAIT) : 0;
+            if (got < 0 && errno == EAGAIN) continue; /* nothing, after all */
             Count counted = {0, 0, conduit->ending};
             if (got > 0 && got < READ_BYTES && count_chunks(at, got, &counted)) {
                 note(conduit, &counted, at, got, now);
-                passing[many++] = (Passing){conduit, at, got, is_last};
+                passing[many++] = (Passing){conduit, at, got};
                 at += got;
             } else {
                 PyObject *read = PyBytes_FromStringAndSize(at, got < 0 ? 0 : got);
@@ -309,7 +308,7 @@ static int a_round(Intake *self, double now, Parted *parted, int *partings) {
         }
         for (Passing *to = passing; to < passing + many; to++) {
             Py_ssize_t left = send_to(to->conduit, to->data, to->length);
-            if (left || to->is_last) {
+            if (left) {
                 PyObject *unsent = PyBytes_FromStringAndSize(to->data + to->length - left, left);
                 parted[(*partings)++] = (Parted){part(self, to->conduit), PyBytes_FromStringAndSize(NULL, 0), unsent};
             }

@@ -167,7 +167,9 @@ def test_what_a_client_takes_in_part_comes_back_without_that_part(stack: context
 
 @pytest.mark.parametrize("last", [b"", framed(EVENT), b"0\r\n\r\n"], ids=["alone", "with a chunk", "with the last one"])
 @pytest.mark.parametrize("half", [True, False], ids=["of its half", "of the connection"])
-def test_an_engines_end_is_told_behind_what_it_said(stack: contextlib.ExitStack, last: bytes, half: bool) -> None:
+def test_an_engines_end_is_its_transports_to_read_and_what_it_said_before(
+    stack: contextlib.ExitStack, last: bytes, half: bool
+) -> None:
     intake = short.Intake()
     line = Line(stack, intake)
     line.engine.send(last)
@@ -175,9 +177,9 @@ def test_an_engines_end_is_told_behind_what_it_said(stack: contextlib.ExitStack,
         line.engine.shutdown(socket.SHUT_WR)
     else:
         line.engine.close()
-    passes = last == framed(EVENT)
-    assert intake.turn(NOW) == [(line, b"" if passes else last, b"")]
-    assert line.read() == (last if passes else b"")
+    assert intake.turn(NOW) == [(line, b"", b"")]
+    assert line.read() == b""
+    assert line.socket.recv(1000) == last
 
 
 def test_an_engines_reset_is_told(stack: contextlib.ExitStack) -> None:
