@@ -19,7 +19,14 @@ Vector = NDArray[np.int64]
 FIRST: Final = int(Column.TRUST)
 _LOAD_COLUMNS: Final = slice(FIRST, Column.IN_FLIGHT_THEN + 1)
 """The columns that a view shows."""
-_NEVER: Final = 2**63 - 1
+_TRUST: Final = int(Column.TRUST) - FIRST
+_RUNNING: Final = int(Column.RUNNING) - FIRST
+_WAITING: Final = int(Column.WAITING) - FIRST
+_REPORTED_NS: Final = int(Column.REPORTED_NS) - FIRST
+_IN_FLIGHT_THEN: Final = int(Column.IN_FLIGHT_THEN) - FIRST
+_NEVER: Final = 2**62 - 1
+FEW: Final = 16
+"""Candidates up to which tuples and lists are made and looked through faster than vectors."""
 
 
 class Entry(NamedTuple):
@@ -60,11 +67,6 @@ class Candidates:
             kept &= self.slots != slot
         return Candidates(self.slots[kept], self.generations)
 
-    def column(self, snapshot: Vector, stamp: int, column: int) -> Vector:
-        """The cells of a column of the load over the candidates. Read-only."""
-        cells: Vector = self.columns(snapshot, stamp)[column - FIRST]
-        return cells
-
     def columns(self, snapshot: Vector, stamp: int) -> Vector:
         """All columns of the load that a view shows, from `FIRST` on, kept while `stamp` stands. Read-only."""
         if stamp != self._stamp:
@@ -77,21 +79,46 @@ class Candidates:
 
     def report(self, snapshot: Vector, stamp: int, now_ns: int, stale_after_ns: int) -> tuple[Vector, Vector]:
         """What the reports that count add to the live counters, and the trust in each report."""
-        reported_ns = self.column(snapshot, stamp, Column.REPORTED_NS)
+        columns = self.columns(snapshot, stamp)
         if self._report is None or now_ns > self._report_until_ns:
-            running = self.column(snapshot, stamp, Column.RUNNING)
-            waiting = self.column(snapshot, stamp, Column.WAITING)
-            fresh = reported_ns > max(now_ns - stale_after_ns, 0)
-            added = running + waiting
-            added -= self.column(snapshot, stamp, Column.IN_FLIGHT_THEN)
-            added *= fresh & (running >= 0) & (waiting >= 0)
-            trust = self.column(snapshot, stamp, Column.TRUST) * fresh  # STALE is 0
+            since_ns = max(now_ns - stale_after_ns, 0)
+            if len(self.listed) <= FEW:
+                added, trust, oldest_ns = _of_few(columns, since_ns)
+            else:
+                added, trust, oldest_ns = _of_many(columns, since_ns)
             trust.setflags(write=False)
             self._report = added, trust
             # Until the oldest of the fresh ones is too old; a new report changes the stamp.
-            ages = reported_ns[fresh]
-            self._report_until_ns = int(np.minimum.reduce(ages)) + stale_after_ns - 1 if len(ages) else _NEVER
+            self._report_until_ns = _NEVER if oldest_ns == _NEVER else oldest_ns + stale_after_ns - 1
         return self._report
+
+
+def _of_many(columns: Vector, since_ns: int) -> tuple[Vector, Vector, int]:
+    """What reports add, the trust in them, and when the oldest came of those that came after `since_ns`."""
+    reported_ns, running, waiting = columns[_REPORTED_NS], columns[_RUNNING], columns[_WAITING]
+    fresh = reported_ns > since_ns
+    added: Vector = running + waiting
+    added -= columns[_IN_FLIGHT_THEN]
+    added *= fresh & (running >= 0) & (waiting >= 0)
+    trust: Vector = columns[_TRUST] * fresh  # STALE is 0
+    ages = reported_ns[fresh]
+    return added, trust, int(np.minimum.reduce(ages)) if len(ages) else _NEVER
+
+
+def _of_few(columns: Vector, since_ns: int) -> tuple[Vector, Vector, int]:
+    """`_of_many` number by number: a dozen numpy calls take longer, and reports nearly always have come in between."""
+    rows: list[list[int]] = columns.tolist()
+    running, waiting, then, trust = rows[_RUNNING], rows[_WAITING], rows[_IN_FLIGHT_THEN], rows[_TRUST]
+    added, trusts, oldest_ns = [], [], _NEVER
+    for at, reported_ns in enumerate(rows[_REPORTED_NS]):
+        fresh = reported_ns > since_ns
+        counts = fresh and running[at] >= 0 and waiting[at] >= 0
+        added.append(running[at] + waiting[at] - then[at] if counts else 0)
+        trusts.append(trust[at] if fresh else 0)
+        if fresh and reported_ns < oldest_ns:
+            oldest_ns = reported_ns
+    both: Vector = np.array([added, trusts], dtype=np.int64)
+    return both[0], both[1], oldest_ns
 
 
 class Group:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from broker.candidates import FIRST, Candidates, Vector
+from broker.candidates import FEW, FIRST, Candidates, Vector
 from broker.table import Column
-
-FEW: Final = 16
-"""Candidates up to which a tuple is made and looked through faster than a vector."""
 
 
 class Source(Protocol):
