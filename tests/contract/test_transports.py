@@ -1,4 +1,5 @@
-"""Every transport keeps the contract of frontend/upstream/base.py, on both event loops."""
+"""Every transport keeps the contract of frontend/upstream/base.py, on both event loops, and with sinks that lend their
+streams to the short way."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ import zmq
 from broker.config import Config, Timeouts, Upstream
 from broker.errors import ClientTooSlow, ConnectFailed, PenstockError, UpstreamBroken, UpstreamError
 from broker.types import EngineKind, Instance
+from frontend import conduit
 from frontend.upstream.base import UpstreamRequest
 from frontend.upstream.http import HttpUpstream
 from frontend.upstream.zmq import ZmqUpstream
 from tests.support.fake_engines import FakeEngine, HttpEngine, ZmqEngine
-from tests.support.sinks import RecordingSink
+from tests.support.sinks import FlowingSink, RecordingSink
 from tests.support.waiting import PATIENCE_S, eventually
 
 BODY = b'{"model": "m", "stream": true}'
@@ -31,6 +33,7 @@ class Stage:
     transport: str
     upstream: HttpUpstream | ZmqUpstream
     context: zmq.Context[zmq.Socket[bytes]]
+    sink: type[RecordingSink] = RecordingSink
     engines: list[FakeEngine] = field(default_factory=list)
     sinks: list[RecordingSink] = field(default_factory=list)
 
@@ -40,7 +43,7 @@ class Stage:
         return engine
 
     def open(self, instance: Instance, body: bytes = BODY, *, stream: bool = True) -> RecordingSink:
-        sink = RecordingSink()
+        sink = self.sink()
         self.sinks.append(sink)
         request = UpstreamRequest(
             path="/v1/chat/completions", headers=[(b"x-request-id", b"r1")], body=body, stream=stream
@@ -75,9 +78,12 @@ def transport(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
+@pytest.fixture(params=["asyncio", "uvloop", "asyncio, flowing", "uvloop, flowing"])
 def play(request: pytest.FixtureRequest, transport: str) -> Play:
     """Runs a scene on a stage of its own; afterwards no rule was broken and nothing is left over."""
+    loop, _, flowing = request.param.partition(", ")
+    if flowing and conduit.compiled is None:
+        pytest.skip("the short way was not compiled here")
 
     async def run(scene: Scene, connect_secs: float, stream_buffer_bytes: int) -> None:
         config = Config(
@@ -85,7 +91,7 @@ def play(request: pytest.FixtureRequest, transport: str) -> Play:
         )
         with zmq.Context() as context:
             upstream = HttpUpstream(config) if transport == "http" else ZmqUpstream(config)
-            stage = Stage(transport, upstream, context)
+            stage = Stage(transport, upstream, context, FlowingSink if flowing else RecordingSink)
             try:
                 await scene(stage)
                 await eventually(lambda: not stage.left_over(), stage.left_over)
@@ -97,7 +103,7 @@ def play(request: pytest.FixtureRequest, transport: str) -> Play:
                 sink.check()
 
     def play(scene: Scene, *, connect_secs: float = 5.0, stream_buffer_bytes: int = 4 * 1024 * 1024) -> None:
-        factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
+        factory = uvloop.new_event_loop if loop == "uvloop" else asyncio.new_event_loop
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(run(scene, connect_secs, stream_buffer_bytes))
 
@@ -141,6 +147,7 @@ def test_stream_passes_through_unchanged(play: Play) -> None:
         asked.done(b"data: [DONE]\n\n")
         await ended(sink)
         assert sink.body == b"".join(pieces) + b"data: [DONE]\n\n"
+        assert not isinstance(sink, FlowingSink) or sink.lent
         assert sink.header(b"content-type") == b"text/event-stream; charset=utf-8"
         assert sink.events[-1] == "finish"
 

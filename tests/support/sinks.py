@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from broker.errors import PenstockError
+from frontend import conduit
 from frontend.upstream.base import AnswerHead, Call, Headers, Sink
+
+if TYPE_CHECKING:
+    from frontend._conduit import Conduit
 
 _ADDRESS = re.compile(r"://|127\.0\.0\.1|::1|localhost")
 
@@ -129,3 +136,76 @@ class WholeRecordingSink(RecordingSink):
         if framed != b"%b\r\n%b\r\n" % (framed[: framed.index(b"\r\n")], data) or len(data) != size:
             self.violations.append("no whole chunk")
         self.write(data)
+
+
+class FlowingSink(WholeRecordingSink):
+    """One that lends its stream to the short way (frontend/conduit.py), whenever there is one: what goes that way comes
+    out of a socket, and counts as heard when it is looked at. `lent` counts how often; `check` closes the socket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent = 0
+        self._raw = b""  # the beginning of a chunk
+        self._conduit: Conduit | None = None
+        self._ours, self._theirs = socket.socketpair()
+        self._theirs.setblocking(False)
+
+    @property
+    def body(self) -> bytes:
+        self._look()
+        return super().body
+
+    def leave(self) -> None:
+        self._look()
+        super().leave()
+
+    def pause(self) -> None:
+        self._look()
+        super().pause()
+
+    def resume(self) -> None:
+        self._look()
+        super().resume()
+
+    def check(self) -> None:
+        self._look()
+        self._ours.close()
+        self._theirs.close()
+        super().check()
+
+    def conduit(self) -> Conduit | None:
+        if conduit.compiled is None or self._paused:
+            return None
+        self._look()
+        self.lent += 1
+        self._conduit = conduit.compiled.Conduit(self._ours.fileno())
+        return self._conduit
+
+    def unsent(self, data: bytes) -> None:
+        self._look()
+        self._take(data)
+
+    def _hear(self, event: str) -> None:
+        self._look()
+        if self._raw:
+            self.violations.append(f"{event} within a chunk")
+        if self._conduit is not None:  # it was good until now
+            self._conduit.close()
+            self._conduit = None
+        super()._hear(event)
+
+    def _look(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._theirs.fileno() >= 0:
+                self._take(self._theirs.recv(1 << 20))
+
+    def _take(self, data: bytes) -> None:
+        if self._left or self._paused or self.ended.is_set():
+            self.violations.append("something flowed where nothing may")
+        self._raw += data
+        while True:
+            line, _, rest = self._raw.partition(b"\r\n")
+            if not rest or len(rest) < int(line, 16) + 2:
+                break
+            self.pieces.append(rest[: int(line, 16)])
+            self._raw = rest[int(line, 16) + 2 :]
