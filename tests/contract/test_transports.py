@@ -140,9 +140,10 @@ def test_stream_passes_through_unchanged(play: Play) -> None:
         sink = stage.open(engine.instance)
         asked = await engine.asked()
         pieces = [b'data: {"n": %d}\n\n' % n for n in range(50)]
-        asked.chunk(pieces[0])
-        await heard(sink, pieces[0])
-        for piece in pieces[1:]:
+        for number in range(3):
+            asked.chunk(pieces[number])
+            await heard(sink, b"".join(pieces[: number + 1]))
+        for piece in pieces[3:]:
             asked.chunk(piece)
         asked.done(b"data: [DONE]\n\n")
         await ended(sink)
