@@ -167,7 +167,8 @@ def _number(data: bytes) -> str:
     at += 1
     while at < size and data[at] in _BLANKS:
         at += 1
-    end = at
-    while end < size and end < at + _MOST_DIGITS and _ZERO <= data[end] <= _NINE:
-        end += 1
-    return data[at:end].decode("ascii")
+    start, number = at, 0
+    while at < size and at < start + _MOST_DIGITS and _ZERO <= data[at] <= _NINE:
+        number = number * 10 + data[at] - _ZERO
+        at += 1
+    return _number_of(number) if at > start else ""
