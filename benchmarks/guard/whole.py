@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from frontend.forwarder import Forwarder
 from frontend.idle import IdleConnections
 from frontend.lean import Lean
 from frontend.outbox import Outbox, Outlet
+from frontend.sending import NONE, descriptor
 from frontend.upstream.http import HttpUpstream
 from frontend.upstream.http_connection import Connection as EngineConnection
 from frontend.upstream.http_pool import Pool
@@ -95,6 +97,22 @@ class Transport:
     def abort(self) -> None: ...
 
 
+class Lent(Transport):
+    """One with a socket, for the short way (frontend/conduit.py): what goes that way comes out at `other`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._socket, self.other = socket.socketpair()
+        self.other.setblocking(False)
+
+    def get_extra_info(self, name: str) -> Any:
+        return self._socket if name == "socket" else super().get_extra_info(name)
+
+    def end(self) -> None:
+        self._socket.close()
+        self.other.close()
+
+
 class Turns:
     """In the place of a loop, as the native transport uses one; the guard says when a turn is made."""
 
@@ -112,8 +130,10 @@ class Turns:
 class Whole:
     """One frontend, one client's connection, and one kept connection to each of its engines."""
 
-    def __init__(self, path: Path, policy: str, *, native: bool) -> None:
-        """On a running loop. `native`: the engines are."""
+    def __init__(self, path: Path, policy: str, *, native: bool, flows: bool = False) -> None:
+        """On a running loop. `native`: the engines are. `flows`: streams go the short way, if there is one."""
+        self._flows = flows
+        self._lent: list[Lent] = []
         self.loop = loop = asyncio.get_running_loop()
         self.run = Run(path, slots=64, frontends=4)
         scheduler = msgspec.structs.replace(self.run.config.scheduler, policy=policy)
@@ -163,19 +183,29 @@ class Whole:
 
     def join(self) -> None:
         """A client connects, one more or the first; it is the one that asks from now on."""
-        self.client = Transport()
+        self.client = self._transport()
         self.connection = Connection(
             self._uvicorn, self.state, {}, self.counters, self.idle, self._lean, outbox=self._outbox
         )
         self.connection.connection_made(cast("asyncio.Transport", self.client))
 
+    def _transport(self) -> Transport:
+        if not self._flows:
+            return Transport()
+        self._lent.append(Lent())
+        return self._lent[-1]
+
     def _connect_engine(self, url: str) -> None:
-        pool = self.http._pools.setdefault(url, Pool(url, 4096, self.loop, outbox=self._outbox))
+        pool = self.http._pools.setdefault(
+            url, Pool(url, 4096, self.loop, outbox=self._outbox, intake=self.http._intake)
+        )
         connection = EngineConnection(pool, cast("Any", None), self.loop)
         pool._connections.add(connection)
-        transport = Transport()
+        transport = self._transport()
+        connection._socket = descriptor(cast("asyncio.Transport", transport))
         connection._transport = cast("asyncio.Transport", transport)
-        connection._outlet = Outlet(connection._transport, self._outbox)
+        connection._outlet = outlet = Outlet(connection._transport, self._outbox)
+        outlet._socket = NONE  # requests are seen in `sent`
         pool.spare(connection)
         self.engines.append((connection, transport))
 
@@ -207,6 +237,18 @@ class Whole:
                 return connection
         raise AssertionError(self.client.sent)
 
+    @property
+    def lent(self) -> Lent:
+        """The client's connection, where streams flow."""
+        assert isinstance(self.client, Lent)
+        return self.client
+
+    def engine_of(self, connection: EngineConnection | Peer) -> Lent:
+        """Its transport, where streams flow."""
+        transport = next(transport for engine, transport in self.engines if engine is connection)
+        assert isinstance(transport, Lent)
+        return transport
+
     def turn(self) -> None:
         """What is due in this turn of the loop."""
         self._turns.run()
@@ -227,17 +269,20 @@ class Whole:
 
     def close(self) -> None:
         self.client.protocol.connection_lost(None)
+        self.http.close()
         self.native.close()
         self.idle.close()
         self.run.__exit__()
+        for transport in self._lent:
+            transport.end()
 
 
 @contextlib.contextmanager
-def frontend(path: Path, policy: str = "round_robin", *, native: bool = False) -> Iterator[Whole]:
+def frontend(path: Path, policy: str = "round_robin", *, native: bool = False, flows: bool = False) -> Iterator[Whole]:
     """Lines of the log are gathered as in service; the handlers are the caller's."""
 
     async def made() -> Whole:
-        return Whole(path, policy, native=native)
+        return Whole(path, policy, native=native, flows=flows)
 
     loop = uvloop.new_event_loop()
     batched.start(loop)
