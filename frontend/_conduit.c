@@ -203,9 +203,9 @@ typedef struct {
 static PyObject *intake_new(PyTypeObject *type, PyObject *Py_UNUSED(arguments), PyObject *Py_UNUSED(named)) {
     Intake *self = (Intake *)type->tp_alloc(type, 0);
     if (!self) return NULL;
-    self->epoll = epoll_create1(EPOLL_CLOEXEC);
     self->joined = PySet_New(NULL);
     self->arena = PyMem_RawMalloc(ARENA_BYTES);
+    self->epoll = epoll_create1(EPOLL_CLOEXEC); /* last, for its errno */
     if (self->epoll == NONE) PyErr_SetFromErrno(PyExc_OSError);
     else if (!self->arena) PyErr_NoMemory();
     if (PyErr_Occurred()) {

@@ -2,17 +2,20 @@
 
     an HTTP engine's sockets --- Intake ---+
                                            +--- Conduit --- the client's socket
-    a native engine's steps ---- step -----+       counts, keeps the last two chunks
+    a native engine's steps ---- step -----+       counts, keeps what the answer's end needs
 
 Nearly every event is the next whole chunk of an answer that has begun, for a client that has read all so far. To say so
 takes far less than the way through transports, calls and sinks, which are there for everything else. So those lend
 their stream to a `Conduit` while nothing else is to be said of it, and take it back
 
-* as soon as something comes that is not whole chunks: the end, an error, a malformed piece. It is handed over unread.
+* as soon as something comes that is not whole chunks: the end, an error, a malformed piece. It is handed over as it is;
+  and what an HTTP engine's socket has to tell besides data (its end, an error) is left for the transport to read.
 * as soon as the client's socket does not take all: the rest is its transport's, with all its limits.
 * whenever they have something to do themselves: pause, cancel, time out, end.
 
-What it has counted by then is added to what they had (`Forward`). `_conduit.c` is the way itself; where it is not
+What it has counted by then is added to what they had (`Forward`). Both sockets stay their transports', which close them
+only after `connection_lost`, and that takes the stream back, too: so no descriptor in use is ever another connection's
+(tests/frontend/test_conduit_ends.py holds the loops to it). `_conduit.c` is the way itself; where it is not
 compiled, and over TLS, there is none, and everything goes the long one.
 """
 
