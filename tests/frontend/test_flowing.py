@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import ssl
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from frontend import conduit
 from tests.frontend.conduits import EVENT, USAGE, framed
 from tests.frontend.flowing import KINDS, Client, Kind, Player, Stage, turns
 from tests.support.fake_engines import CHUNK
@@ -307,3 +309,26 @@ def test_clients_that_know_no_chunks_never_do(player: Player, kind: Kind) -> Non
         assert not stage.went
 
     player.play(kind, scene)
+
+
+def test_without_descriptors_for_it_http_engines_streams_go_the_long_way(
+    player: Player,
+) -> None:
+    async def scene(stage: Stage) -> None:
+        def refused() -> None:
+            raise OSError(errno.EMFILE, "too many")
+
+        vars(conduit.compiled)["Intake"] = refused
+        for number in range(2):
+            client = stage.client()
+            client.ask(b"r%d" % number)
+            asked = await stage.engine.asked()
+            await stage.says(client, asked, *[EVENT] * 4)
+            asked.done(DONE)
+            await client.hears_the_end()
+
+    seen = player.play("http", scene)
+    assert seen.passed == 0
+    assert [line for line in seen.lines if "the long way" in line] == [
+        "streams of HTTP engines go the long way, as there is no descriptor for the short one: [Errno 24] too many"
+    ]
