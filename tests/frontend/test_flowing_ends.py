@@ -241,6 +241,43 @@ def test_nothing_goes_to_whoever_has_the_descriptor_next(player: Player, kind: K
     assert player.play(kind, scene).passed > 0
 
 
+@pytest.mark.parametrize("until", ["something is unsent", "it is paused"])
+@pytest.mark.parametrize("how", ["ends", "dies", "its client leaves"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_while_its_client_has_not_read_all(player: Player, kind: Kind, how: str, until: str) -> None:
+    async def scene(stage: Stage) -> tuple[bool, bool]:
+        stage.port = await stage.listen(send_bytes=16 * 1024)
+        client = stage.client(read_bytes=16 * 1024)
+        asked = await stage.stream(client)
+        said = b"data: 0\n\ndata: 1\n\n"
+        while not (stage.is_paused or (stage.unsent and until == "something is unsent")):
+            event = b"data: %b %d\n\n" % (b"x" * 3000, len(said))
+            asked.chunk(event)
+            said += event
+            await asyncio.sleep(0)
+        if how == "its client leaves":
+            client.close()
+            await asyncio.wait_for(asked.aborted.wait(), PATIENCE_S)
+            client.heard = b""
+            return False, False
+        if how == "ends":
+            asked.done(LAST)
+        else:
+            stage.engine.die()
+        await turns()
+        await client.hears_the_end()
+        body, client.heard = client.body, b""  # how much there was is the kernel's to say
+        if how == "ends":
+            return body == said + LAST + b"<end>", True
+        last = body.rindex(b"data: ")
+        return said.startswith(body[:last].rstrip(b"\n")), b"error" in body[last:]
+
+    long, short = (player.play(kind, scene, short=short) for short in (False, True))
+    assert short.noted == long.noted == (how != "its client leaves", how != "its client leaves")
+    assert short.counts == long.counts
+    assert short.passed > 0
+
+
 # -- by the frontend -----------------------------------------------------------------------------------------
 
 
