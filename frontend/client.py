@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+from uvicorn.server import ServerState
+
 from frontend.idle import Silence
 from frontend.lean import Lean, LeanCycle
 from frontend.outbox import Outbox, Outlet
@@ -49,6 +51,7 @@ class Client:
         transport: asyncio.Transport,
         peer: str,
         lean: Lean,
+        state: ServerState,
         silence: Silence,
         outbox: Outbox,
     ) -> None:
@@ -65,6 +68,7 @@ class Client:
         self._outbox = outbox
         self._is_closing = transport.is_closing
         self._lean = lean
+        self._state = state
         self._silence = silence
         self._cycle: LeanCycle | None = None  # the request that went the short way, until it is answered or adopted
         self._steps_aside = False
@@ -142,6 +146,7 @@ class Client:
             self._connection.on_response_complete()
             return
         self._cycle = None
+        self._state.total_requests += 1
         if cycle.keep_alive:  # else the transport is closing
             self.is_free = True
             self._silence.begin()

@@ -111,7 +111,7 @@ class Connection(HttpToolsProtocol):
         self._silence = self._idle.watch(self)
         if self._lean is not None:
             peer = self.client[0] if self.client else ""
-            self._client = Client(self, transport, peer, self._lean, self._silence, self._outbox)
+            self._client = Client(self, transport, peer, self._lean, self.server_state, self._silence, self._outbox)
             transport.set_protocol(cast("asyncio.Protocol", self._client))  # by its methods
         if self._bound < PAUSE_AT:  # which is the transports' own
             transport.set_write_buffer_limits(high=self._bound)
@@ -317,6 +317,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """The running request, of whichever kind, has been answered."""
+        self.server_state.total_requests += 1
         self._running = None
         self._advance()
 

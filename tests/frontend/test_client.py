@@ -77,6 +77,7 @@ def test_a_request_of_the_short_way_is_in_uvicorns_accounts(site: Site) -> None:
         assert not len(it.wire.idle)
         await it.answer()
         assert it.out == OK
+        assert it.wire.state.total_requests == 2
         assert len(it.wire.idle) == 1
 
     held(site, test)
@@ -96,6 +97,7 @@ def test_what_comes_meanwhile_has_its_turn_behind_it(site: Site, cut: int) -> No
         it.wire.feed(ASK)  # the short way again
         await it.answer()
         assert it.out == OK * 4
+        assert it.wire.state.total_requests == 5
 
     held(site, test)
 
