@@ -197,11 +197,12 @@ class Stage:
             await client.hears(event, before)
 
     async def flows_again(self, client: Client, asked: Any) -> None:
-        """Three events, the last of which goes the short way, if there is one."""
+        """Some events, of which the short way takes the last ones, if there is one. (Not all: a native engine's event
+        that is read together with another message of it goes the long way.)"""
         await self.says(client, asked, b"data: a\n\n", b"data: b\n\n")
         before = self.passed
-        await self.says(client, asked, b"data: c\n\n")
-        assert self.passed == before + 1 or conduit.compiled is None
+        await self.says(client, asked, b"data: c\n\n", b"data: d\n\n", b"data: e\n\n")
+        assert self.passed > before or conduit.compiled is None
 
     # -- what there is to see --------------------------------------------------------------------------------
 

