@@ -12,7 +12,7 @@ ARGS   ?=
 PATH_TESTS := tests/contract/test_transports.py benchmarks/guard/test_hot_path.py tests/frontend/upstream \
   $(addprefix tests/broker/,scheduler/test_inbox.py scheduler/test_subscriber.py test_lines.py test_counters.py test_port.py test_table.py test_zmtp.py) \
   tests/broker/test_candidates.py tests/broker/test_prefix.py tests/broker/policies/test_cache_aware.py tests/shm/test_seqlock.py $(addprefix tests/frontend/test_,\
-  account.py admission.py body.py client.py conduit.py conduit_steps.py conformance.py flowing.py flowing_ends.py forward.py \
+  account.py admission.py body.py client.py conduit.py conduit_ends.py conduit_steps.py conformance.py flowing.py flowing_ends.py forward.py \
   forward_machine.py idle.py known_heads.py lean.py lending.py lifting.py outbox.py process.py sending.py)
 
 .DEFAULT_GOAL := help
