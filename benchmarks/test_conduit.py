@@ -2,17 +2,16 @@
 engine's bytes and its clients' sockets.
 
 In each round every stream's engine says one event, and the loop turns until all clients have theirs; that is timed.
-Everything in between is the product's own (tests/frontend/flowing.py puts it together). Both ways have their streams on
-one loop and take turns, and what a bare `recv` and `send` of the same bytes take is measured beside them.
+Everything in between is the product's own (tests/frontend/flowing.py puts it together). Both ways take turns, and what
+a bare `recv` and `send` of the same bytes take is measured beside them; a native engine's step comes without a `recv`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -41,25 +40,18 @@ pytestmark = pytest.mark.skipif(conduit.compiled is None, reason="it was not com
 
 
 class Way:
-    """A frontend whose streams all flow, or none of them."""
+    """A frontend whose streams all flow, or none of them. It has a loop of its own, as the switch is the process's."""
 
     def __init__(self, kind: Kind, frontend: Frontend, compiled: ModuleType | None) -> None:
-        """On a running loop."""
         self._compiled = compiled
-        conduit.compiled = compiled
-        self.stage = Stage(kind, frontend, [])
+        self._loop = uvloop.new_event_loop()
         self._streams: list[tuple[Client, Any]] = []
-
-    async def open(self) -> None:
-        await self.stage.open()
-        for _ in range(STREAMS):
-            client = self.stage.client()
-            self._streams.append((client, await self.stage.stream(client)))
-        assert self.stage.flowing == (STREAMS if self._compiled is not None else 0)
+        self._said = b""
+        self.stage: Stage
+        self._run(self._open(kind, frontend))
 
     def say(self) -> None:
         """One event of each: in a step of its engine, or as a chunk on each connection."""
-        conduit.compiled = self._compiled
         if self.stage.kind == "http":
             for _, asked in self._streams:
                 os.write(asked.transport.get_extra_info("socket").fileno(), CHUNK)
@@ -68,17 +60,36 @@ class Way:
         step = wire.encode([wire.STEP_TAG, self.stage.engine.incarnation, deltas])
         self._said = head(len(step)) + step
 
-    async def pass_on(self) -> None:
-        if self.stage.kind == "native":
-            (peer,) = self.stage.native._peers._by_url.values()
-            peer.data_received(self._said)
-        await turns()
+    def pass_on(self) -> None:
+        self._run(self._pass_on())
 
     def read(self) -> None:
         for client, _ in self._streams:
             assert client.socket.recv(1 << 16) == CHUNK
 
-    async def close(self) -> None:
+    def close(self) -> None:
+        self._run(self._close())
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        conduit.compiled = self._compiled
+        self._loop.run_until_complete(work)
+
+    async def _open(self, kind: Kind, frontend: Frontend) -> None:
+        self.stage = Stage(kind, frontend, [])
+        await self.stage.open()
+        for _ in range(STREAMS):
+            client = self.stage.client()
+            self._streams.append((client, await self.stage.stream(client)))
+        assert self.stage.flowing == (STREAMS if self._compiled is not None else 0)
+
+    async def _pass_on(self) -> None:
+        if self.stage.kind == "native":
+            (peer,) = self.stage.native._peers._by_url.values()
+            peer.data_received(self._said)
+        await turns()
+
+    async def _close(self) -> None:
         await self.stage.close()
         self.stage.clear()
         await turns()
@@ -109,59 +120,36 @@ class Bare:
 
 
 @pytest.fixture
-def loop() -> Iterator[asyncio.AbstractEventLoop]:
+def compiled() -> Iterator[ModuleType | None]:
     """On one core: those who wake each other are this process."""
     cores, compiled = os.sched_getaffinity(0), conduit.compiled
     os.sched_setaffinity(0, {max(cores)})
-    loop = uvloop.new_event_loop()
-    yield loop
-    loop.close()
+    yield compiled
     os.sched_setaffinity(0, cores)
     conduit.compiled = compiled
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_event_of_many_streams(
-    benchmark: BenchmarkFixture, loop: asyncio.AbstractEventLoop, tmp_path: Path, kind: Kind
+    benchmark: BenchmarkFixture, compiled: ModuleType, tmp_path: Path, kind: Kind
 ) -> None:
-    compiled = conduit.compiled
-
-    async def make(name: str, module: ModuleType | None, frontend: Frontend) -> Way:
-        way = Way(kind, frontend, module)
-        await way.open()
-        return way
-
-    taken: dict[str, list[float]] = {"long": [], "short": [], "bare": []}
-
-    def time_of(name: str, pass_on: Callable[[], object]) -> None:
-        began = time.thread_time()
-        pass_on()
-        taken[name].append(1e6 * (time.thread_time() - began) / STREAMS)
-
     with ExitStack() as stack:
-        ways = {}
+        ways: dict[str, Way | Bare] = {}
         for name, module in (("long", None), ("short", compiled)):
             (tmp_path / name).mkdir()
-            frontend = stack.enter_context(Frontend(tmp_path / name))
-            ways[name] = loop.run_until_complete(make(name, module, frontend))
-            stack.callback(lambda way=ways[name]: loop.run_until_complete(way.close()))
-        bare = Bare(stack)
+            ways[name] = way = Way(kind, stack.enter_context(Frontend(tmp_path / name)), module)
+            stack.callback(way.close)
+        ways["bare"] = Bare(stack)
+        taken: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(ROUNDS):
-            for name, way in ways.items():
-                way.say()
-                time_of(name, lambda way=way: loop.run_until_complete(way.pass_on()))
-                way.read()
-            bare.say()
-            time_of("bare", bare.pass_on)
-            bare.read()
-        short = ways["short"]
-        assert short.stage.flowing == STREAMS
-        benchmark.pedantic(
-            lambda: loop.run_until_complete(short.pass_on()),
-            setup=short.say,
-            teardown=short.read,
-            rounds=50,
-        )
+            for name, it in ways.items():
+                it.say()
+                began = time.thread_time()
+                it.pass_on()
+                taken[name].append(1e6 * (time.thread_time() - began) / STREAMS)
+                it.read()
+        assert way.stage.flowing == STREAMS
+        benchmark.pedantic(way.pass_on, setup=way.say, teardown=way.read, rounds=50)
     us = {name: median(found) for name, found in taken.items()}
     benchmark.extra_info["us an event"] = ", ".join(f"{name} {found:.2f}" for name, found in us.items())
     benchmark.extra_info["of the long way's"] = round(us["short"] / us["long"], 2)
