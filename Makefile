@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-TWINS  := $(wildcard shm/*.c shm/*/*.c broker/*/*.c frontend/*.c)
+TWINS  := $(wildcard shm/*.c shm/*/*.c broker/*/*.c frontend/*.c frontend/*.h)
 # Whole files to each of two cores, in their order: what the tests of a file share is started once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS   ?=

@@ -126,7 +126,12 @@ setup(
         Extension("shm._rows", ["shm/_rows.c"], optional=True),
         Extension("shm.hashtable._table", ["shm/hashtable/_table.c"], optional=True),
         Extension("broker.prefix._keys", ["broker/prefix/_keys.c"], optional=True),
-        Extension("frontend._conduit", ["frontend/_conduit.c"], optional=True),
+        Extension(
+            "frontend._conduit",
+            ["frontend/_conduit.c", "frontend/_intake.c", "frontend/_step.c"],
+            depends=["frontend/_conduit.h"],
+            optional=True,
+        ),
         Extension("frontend._lift", ["frontend/_lift.c"], optional=True),
         Extension("frontend._send", ["frontend/_send.c"], optional=True),
         *request_path(),

@@ -1,4 +1,4 @@
-"""See conduit.py and `_conduit.c`."""
+"""See conduit.py and `_conduit.h`."""
 
 from typing import Final, final
 

@@ -15,8 +15,14 @@ their stream to a `Conduit` while nothing else is to be said of it, and take it 
 
 What it has counted by then is added to what they had (`Forward`). Both sockets stay their transports', which close them
 only after `connection_lost`, and that takes the stream back, too: so no descriptor in use is ever another connection's
-(tests/frontend/test_conduit_ends.py holds the loops to it). `_conduit.c` is the way itself; where it is not
-compiled, and over TLS, there is none, and everything goes the long one.
+(tests/frontend/test_conduit_ends.py holds the loops to it).
+
+    _conduit.h   what they share
+    _conduit.c   one stream: what is counted and kept of it, and the sending
+    _intake.c    the sockets of HTTP engines
+    _step.c      the steps of native ones
+
+Where these are not compiled, and over TLS, there is no short way, and everything goes the long one.
 """
 
 from __future__ import annotations
