@@ -17,7 +17,12 @@ Py_ssize_t events_in(const char *data, Py_ssize_t size) {
 }
 
 void end_with(Ending *ending, const char *data, Py_ssize_t size) {
-    for (const char *at = size > ENDING ? data + size - ENDING : data; at < data + size; at++) {
+    if (size >= ENDING) {
+        memcpy(ending->bytes, data + size - ENDING, ENDING);
+        ending->many = ENDING;
+        return;
+    }
+    for (const char *at = data; at < data + size; at++) {
         if (ending->many == ENDING) memmove(ending->bytes, ending->bytes + 1, ENDING - 1);
         else ending->many++;
         ending->bytes[ending->many - 1] = *at;

@@ -89,7 +89,7 @@ class Answer(Sink):
         self._wake()
 
     def fail(self, error: PenstockError) -> None:
-        if self._head is not None and takes_events(self._head[1]):
+        if self._head is not None and headers.take_events(self._head[1]):
             self._chunks.append(last_event(error, self._last, self._face))
         else:  # made now: an error that ends several requests is told each one's own things in turn
             self._error = whole_error(error, self._ident, self._face)
@@ -168,16 +168,6 @@ def whole_error(error: PenstockError, ident: bytes, face: Face) -> tuple[int, by
     if ident:
         found.append((headers.REQUEST_ID, ident))
     return status, data, found
-
-
-def takes_events(found: Headers) -> bool:
-    """Whether an event can be added to an answer with these headers."""
-    kinds: dict[bytes, bytes] = dict(found)
-    return (
-        headers.are_of_events(found)
-        and b"content-length" not in kinds
-        and kinds.get(b"content-encoding", b"identity") == b"identity"
-    )
 
 
 def last_event(error: PenstockError, last: bytes, face: Face) -> bytes:

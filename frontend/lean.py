@@ -23,7 +23,7 @@ from uvicorn.server import ServerState
 
 from broker.errors import BadRequest, PenstockError, ReceivingFull
 from frontend import headers
-from frontend.answer import last_event, takes_events, whole_error
+from frontend.answer import last_event, whole_error
 from frontend.api import Inference, too_large
 from frontend.forward import Forward
 from frontend.known_heads import KnownHeads
@@ -212,7 +212,7 @@ class LeanCycle(Sink):
 
     def start(self, status: int, found: Headers) -> None:
         self._frame(status, headers.for_client(found, self._lean.inference.shown(self._ident)))
-        self._events = (self._chunked or self._left == _UNTIL_CLOSE) and takes_events(found)
+        self._events = (self._chunked or self._left == _UNTIL_CLOSE) and headers.take_events(found)
 
     def write(self, data: bytes) -> None:
         if self._chunked and not self._head:

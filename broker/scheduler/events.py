@@ -31,8 +31,8 @@ logger = logging.getLogger("scheduler")
 COMMON = "of the common socket"
 PARTS = 3
 SUBSCRIBER_HWM = 4096
-REST_S = 0.05
-"""A step or two of most engines. They may speak more often (docs/wire.md, 6), but each wake-up costs the same for many
+REST_S = 0.1
+"""A few steps of most engines. They may speak more often (docs/wire.md, 6), but each wake-up costs the same for many
 reports as for one, and is paid by the core that frontends run on. Decisions do not wait for them, they add what is in
 flight now."""
 MOST_PUBLISHERS = 8192

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from broker import batched
-from broker.lines import MAX_RECORDS, Lines
+from broker.lines import MAX_RECORDS, Line, Lines
 
 FORMAT = "%(levelname)s %(name)s %(message)s"
 NAME = "penstock.test_lines"
@@ -108,3 +108,27 @@ def test_a_level_that_changes_is_seen(root: logging.Logger) -> None:
         root.setLevel(level)
         for _ in range(2):  # `logging` remembers it from the first time on
             assert lines.is_on == logging.getLogger(NAME).isEnabledFor(logging.INFO) == (level == logging.INFO)
+
+
+@pytest.mark.parametrize("shape", ["%(asctime)s {} %(name)s: ", "%(asctime)s a,000 %(name)s: ", "%(name)s: "])
+def test_each_line_has_its_own_time(root: logging.Logger, shape: str) -> None:
+    out = io.StringIO()
+    target = logging.StreamHandler(out)
+    target.setFormatter(logging.Formatter(shape + "%(message)s"))
+    times = [1000.0, 1000.001, 1000.05, 1000.999, 1001.0, 1000.5, 1700000000.123, 1700000000.9999]
+
+    async def run() -> None:
+        handler = batched.Batched(target)
+        handler.start(asyncio.get_running_loop())
+        for created in times:
+            handler.pending.add(Line(created, NAME, "text"))
+        handler.pending.add(Line(times[-1], "other", "text"))
+        handler.stop()
+
+    asyncio.run(run())
+    expected = []
+    for created, name in [*[(created, NAME) for created in times], (times[-1], "other")]:
+        record = logging.LogRecord(name, logging.INFO, "", 0, "text", None, None)
+        record.created, record.msecs = created, float(int(created * 1000) % 1000)
+        expected.append(target.format(record) + "\n")
+    assert out.getvalue() == "".join(expected)
