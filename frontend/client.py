@@ -76,13 +76,11 @@ class Client:
     def close(self) -> None:
         """After what was sent."""
         self._outbox.flush()
-        self.outlet.close()
         self._transport.close()
 
     def abort(self) -> None:
         """At once, so that it cannot pass for an orderly end."""
         self._outbox.flush()
-        self.outlet.close()
         self._transport.abort()
 
     def step_aside(self) -> None:

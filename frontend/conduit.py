@@ -29,12 +29,8 @@ from __future__ import annotations
 
 import contextlib
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from shm.compiled import is_wanted
-
-if TYPE_CHECKING:
-    from frontend._conduit import Conduit as Conduit
 
 compiled: ModuleType | None = None
 """The way itself; None: there is none, or it is not wanted."""

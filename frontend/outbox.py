@@ -125,7 +125,7 @@ class Outlet:
             self.transport.write(data)
 
     def close(self) -> None:
-        """The transport is closing, and its socket may soon be another's: no conduit may use it."""
+        """The transport is gone, and its socket will soon be another's: no conduit may use it."""
         if self._conduit is not None:
             self._conduit.close()
             self._conduit = None

@@ -189,6 +189,14 @@ class Stage:
         assert self.flowing or conduit.compiled is None
         return asked
 
+    async def streams(self, count: int) -> list[tuple[Client, Any]]:
+        """So many, each with a client of its own."""
+        begun = []
+        for number in range(count):
+            client = self.client()
+            begun.append((client, await self.stream(client, b"r%d" % number)))
+        return begun
+
     async def says(self, client: Client, asked: Any, *events: bytes) -> None:
         """The engine says these, each when its client has heard the last one."""
         for event in events:

@@ -15,7 +15,7 @@ import pytest
 
 from frontend import conduit
 from tests.frontend.conduits import EVENT, USAGE, framed
-from tests.frontend.flowing import KINDS, Client, Kind, Player, Stage, turns
+from tests.frontend.flowing import KINDS, Kind, Player, Stage, turns
 from tests.support.fake_engines import CHUNK
 from tests.support.waiting import PATIENCE_S, eventually
 
@@ -74,10 +74,7 @@ def test_in_lockstep_even_the_frames_are_the_same(player: Player, kind: Kind) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_streams_than_are_read_at_once_each_get_their_own(player: Player, kind: Kind) -> None:
     async def scene(stage: Stage) -> None:
-        streams: list[tuple[Client, Any]] = []
-        for number in range(70):
-            client = stage.client()
-            streams.append((client, await stage.stream(client, b"r%d" % number)))
+        streams = await stage.streams(70)
         for round_ in range(5):
             said = [b"data: %d of %d\n\n" % (round_, number) for number in range(len(streams))]
             if kind == "http":

@@ -141,10 +141,7 @@ def test_an_end_that_a_native_engine_makes(player: Player, end: Callable[[Any], 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_engines_death(player: Player, kind: Kind) -> None:
     async def scene(stage: Stage) -> None:
-        streams: list[tuple[Client, Any]] = []
-        for number in range(5):
-            client = stage.client()
-            streams.append((client, await stage.stream(client, b"r%d" % number)))
+        streams = await stage.streams(5)
         for client, asked in streams:
             await stage.says(client, asked, EVENT)
         stage.engine.die()
@@ -185,10 +182,7 @@ def test_clients_that_leave_while_their_engines_talk_on(
     player: Player, kind: Kind, leave: Callable[[Client], None]
 ) -> None:
     async def scene(stage: Stage) -> None:
-        streams: list[tuple[Client, Any]] = []
-        for number in range(8):
-            client = stage.client()
-            streams.append((client, await stage.stream(client, b"r%d" % number)))
+        streams = await stage.streams(8)
         for client, _ in streams:
             for _, asked in streams:
                 for _ in range(3):
